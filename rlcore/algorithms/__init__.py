@@ -1,0 +1,1 @@
+"""The maths, once: pure torch functions that read like the papers."""

@@ -1,0 +1,1 @@
+"""The differentiable ops: one file per family, and the choice of backend."""

@@ -1,0 +1,85 @@
+"""Which implementation runs: the choice of backend, and what is live on this machine.
+
+Without a choice ("auto") every op takes the fastest implementation that exists for its device: chunked or fused
+forms with native or Triton row passes where they are built, torch elsewhere. `backend("reference")` makes every op
+call the plain differentiable functions of `rlcore.algorithms`; it is the only choice that can be differentiated twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("reference", "native", "triton", "cuda")
+
+# A plain module global rather than a context variable: torch.compile guards on its value, and every op reads it in
+# its forward pass only (the backward pass runs on another thread on CUDA).
+_requested: str | None = None
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every op inside the block on one backend: "reference", "native", "triton" or "cuda" (process-wide).
+
+    Raises ValueError for an unknown name, RuntimeError for a backend that is not live here (with the reason).
+    """
+    global _requested
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {name!r}")
+    state = backends()[name]
+    if state != "live":
+        raise RuntimeError(f"backend {name!r} is not live: {state}")
+    previous, _requested = _requested, name
+    try:
+        yield
+    finally:
+        _requested = previous
+
+
+def requested() -> str | None:
+    """The backend named by the innermost `with rl.backend(...)`, or None for automatic choice."""
+    return _requested
+
+
+def backends() -> dict[str, str]:
+    """Every backend with "live", or the reason why it is not."""
+    return {"reference": "live", "native": _native_state(), "triton": _triton_state(), "cuda": _cuda_state()}
+
+
+@functools.cache
+def native() -> ModuleType | None:
+    """The C++ extension `rlcore._native`, or None where it was not built."""
+    try:
+        return importlib.import_module("rlcore._native")
+    except ImportError:
+        return None
+
+
+def _native_state() -> str:
+    if native() is not None:
+        return "live"
+    if importlib.util.find_spec("rlcore._native") is None:
+        return "rlcore._native was not built (no C++ compiler or Python headers at install time)"
+    return "rlcore._native was built but can not be loaded here"
+
+
+def _triton_state() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available():
+        return "no GPU that torch can use"
+    return "live"
+
+
+def _cuda_state() -> str:
+    if importlib.util.find_spec("rlcore._cuda") is None:
+        return "rlcore._cuda was not built"
+    if not torch.cuda.is_available():
+        return "no GPU that torch can use"
+    return "live"
