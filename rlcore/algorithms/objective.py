@@ -1,0 +1,265 @@
+"""What a policy is trained for: the structure of an objective as strings, its numbers as a tensor.
+
+Compiled code guards on the structure alone; bounds and coefficients travel as one float64 tensor, so that a schedule
+that changes them every step recompiles nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlcore.layout import TokenBatch
+
+RATIOS = ("none", "token", "segment", "sequence")
+SURROGATES = ("ppo", "cispo", "reinforce")
+AGGREGATES = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm")
+ESTIMATORS = ("k1", "k2", "k3")
+SCOPES = ("token", "sequence", "group", "batch")
+
+CustomLoss = Callable[[Tensor, Tensor | None, TokenBatch], tuple[Tensor, dict[str, Tensor]]]
+Prepare = Callable[[Tensor, Tensor | None, TokenBatch], TokenBatch]
+
+
+class KL:
+    """The KL term beta * KL(pi || ref): `estimator` "k1", "k2" or "k3", and its coefficient."""
+
+    def __init__(self, estimator: str = "k3", coef: float = 0.001) -> None:
+        self.estimator = one_of("estimator", estimator, ESTIMATORS)
+        self.coef = number("coef", coef, 0.0)
+
+    def __repr__(self) -> str:
+        return f"KL({self.estimator!r}, {self.coef})"
+
+
+class TIS:
+    """Truncated importance sampling: each token's loss times min(exp(old_logp - rollout_logp), cap)."""
+
+    def __init__(self, cap: float = 2.0) -> None:
+        self.cap = number("cap", cap, 0.0)
+
+    def __repr__(self) -> str:
+        return f"TIS({self.cap})"
+
+
+class Numbers(NamedTuple):
+    """An objective's numbers as 0-d tensors."""
+
+    clip_low: Tensor
+    clip_high: Tensor
+    dual_clip: Tensor
+    cap: Tensor
+    kl: Tensor
+    entropy: Tensor
+    length: Tensor
+
+
+class Objective:
+    """A policy objective; see `rlcore.algorithms.policy_loss` for the order in which its parts are evaluated.
+
+    ratio: "token", "sequence" or "segment" (geometric means, GSPO), "none" (pi / sg(pi), plain policy gradient).
+    surrogate: "ppo", "cispo", "reinforce". clip: (low, high), the ratio is clipped to [1 - low, 1 + high]; a batch's
+    own `clip_low` and `clip_high` override it per token. dual_clip: c > 1 bounds the loss of negative advantages.
+    correction: None or `TIS(cap)`. kl: None or `KL(estimator, coef)`. entropy: coefficient of the entropy bonus.
+    aggregate: "token_mean", "seq_mean_token_mean", "seq_mean_token_sum" or "seq_mean_token_sum_norm", which divides by
+    the constant `length`. Raises ValueError or TypeError that name the argument.
+    """
+
+    def __init__(
+        self,
+        ratio: str = "token",
+        surrogate: str = "ppo",
+        clip: tuple[float, float] = (0.2, 0.2),
+        dual_clip: float | None = None,
+        correction: TIS | None = None,
+        kl: KL | None = None,
+        entropy: float = 0.0,
+        aggregate: str = "token_mean",
+        length: float | None = None,
+    ) -> None:
+        self.ratio = one_of("ratio", ratio, RATIOS)
+        self.surrogate = one_of("surrogate", surrogate, SURROGATES)
+        self.aggregate = one_of("aggregate", aggregate, AGGREGATES)
+        if correction is not None and not isinstance(correction, TIS):
+            raise TypeError(f"correction: expected None or rl.TIS(cap); got {correction!r}")
+        if kl is not None and not isinstance(kl, KL):
+            raise TypeError(f'kl: expected None or rl.KL("k3", coef); got {kl!r}')
+        if not isinstance(clip, (tuple, list)) or len(clip) != 2:
+            raise TypeError(f"clip: expected a pair (low, high); got {clip!r}")
+        if aggregate == "seq_mean_token_sum_norm" and length is None:
+            raise ValueError('length: aggregate="seq_mean_token_sum_norm" divides by it; give the maximum response length')
+        self.kl, self.correction = kl, correction
+        self.numbers = torch.tensor(
+            [
+                number("clip[0]", clip[0], 0.0),
+                number("clip[1]", clip[1], 0.0),
+                number("dual_clip", torch.inf if dual_clip is None else dual_clip, 1.0, exclusive=True),
+                torch.inf if correction is None else correction.cap,
+                0.0 if kl is None else kl.coef,
+                number("entropy", entropy, None),
+                number("length", 1.0 if length is None else length, 0.0, exclusive=True),
+            ],
+            dtype=torch.float64,
+        )
+        self.has_dual_clip = dual_clip is not None
+        self.has_correction = correction is not None
+        self.needs_entropy = float(entropy) != 0.0
+        self.scope = "token" if ratio in ("none", "token") else "sequence"
+        self.custom_loss: CustomLoss | None = None
+        self.custom_metrics: tuple[str, ...] = ()
+        self.custom_prepare: Prepare | None = None
+        self.debug = False
+        estimator = None if kl is None else kl.estimator
+        structure = (ratio, surrogate, aggregate, estimator, self.has_dual_clip, self.has_correction, self.needs_entropy)
+        self.key = "|".join(map(str, structure))
+        register(self)
+
+    @classmethod
+    def custom(
+        cls,
+        fn: CustomLoss,
+        scope: str = "token",
+        aggregate: str = "token_mean",
+        length: float | None = None,
+        prepare: Prepare | None = None,
+        needs_entropy: bool = False,
+        debug: bool = False,
+    ) -> Objective:
+        """An objective of your own: `fn(logp, entropy, batch) -> (loss per token [n], {name: metric per token [n]})`.
+
+        It sees one chunk of rows (`batch` is the chunk's), cut anywhere for scope "token" and at sequence or group
+        borders for "sequence" and "group". Scope "batch" takes `prepare(logp, entropy, batch) -> batch`, run once over
+        the whole minibatch without gradient, which freezes its statistics into weights, masks and bounds; `fn` is then
+        of token scope. `needs_entropy=True` where the loss reads entropy. `debug=True` compares one chunk with two.
+        Raises ValueError for a captured tensor that requires grad: its gradient would be lost.
+        """
+        objective = cls(aggregate=aggregate, length=length)
+        objective.scope = one_of("scope", scope, SCOPES)
+        if (prepare is not None) != (scope == "batch"):
+            raise ValueError('prepare: needed for scope="batch" and only there')
+        objective.custom_loss, objective.custom_prepare = fn, prepare
+        objective.needs_entropy, objective.debug = needs_entropy, debug
+        check_captures(fn)
+        objective.custom_metrics = probe_metrics(fn)
+        objective.key = f"custom-{next(_serial)}"
+        register(objective)
+        return objective
+
+    def values(self, like: Tensor) -> Numbers:
+        """The numbers as 0-d tensors of a tensor's dtype and device."""
+        return Numbers(*self.numbers.to(device=like.device, dtype=like.dtype).unbind())
+
+    def prepare(self, logp: Tensor, entropy: Tensor | None, batch: TokenBatch) -> TokenBatch:
+        """Freeze the statistics of a whole minibatch into its fields (batch scope); other scopes return it unchanged."""
+        if self.custom_prepare is None:
+            return batch
+        if batch.is_micro:
+            raise ValueError("batch: prepare needs the whole minibatch; got a micro-batch that `split` cut from one")
+        with torch.no_grad():
+            flat_entropy = None if entropy is None else entropy.detach().reshape(batch.shape)
+            ready = self.custom_prepare(logp.detach().reshape(batch.shape), flat_entropy, batch)
+        return replace(ready, prepared=True)
+
+    def __repr__(self) -> str:
+        if self.custom_loss is not None:
+            return f"Objective.custom({getattr(self.custom_loss, '__name__', self.custom_loss)!r}, scope={self.scope!r})"
+        low, high = self.numbers[:2].tolist()
+        return (
+            f"Objective(ratio={self.ratio!r}, surrogate={self.surrogate!r}, clip=({low:g}, {high:g}), kl={self.kl!r}, "
+            f"correction={self.correction!r}, entropy={float(self.numbers[5]):g}, aggregate={self.aggregate!r})"
+        )
+
+
+# Custom ops take an objective as a string. Bounded, so that a fresh custom objective per step can not leak.
+REGISTRY_SIZE = 1024
+_registry: OrderedDict[str, Objective] = OrderedDict()
+_serial = itertools.count()
+
+
+def register(objective: Objective) -> None:
+    _registry[objective.key] = objective
+    _registry.move_to_end(objective.key)
+    while len(_registry) > REGISTRY_SIZE:
+        _registry.popitem(last=False)
+
+
+def lookup(key: str, numbers: Tensor) -> Objective:
+    """The objective registered under a key, with the given numbers."""
+    if key not in _registry:
+        raise RuntimeError(f"objective {key!r} was dropped from the registry; create custom objectives once, not per step")
+    found = object.__new__(Objective)
+    found.__dict__.update(_registry[key].__dict__)
+    found.numbers = numbers
+    return found
+
+
+def one_of(name: str, given: str, allowed: tuple[str, ...]) -> str:
+    if given not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {given!r}")
+    return given
+
+
+def number(name: str, given: float, lowest: float | None, exclusive: bool = False) -> float:
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
+        raise TypeError(f"{name}: expected a number; got {given!r}")
+    too_low = lowest is not None and (given <= lowest if exclusive else given < lowest)
+    if given != given or too_low:
+        bound = "not NaN" if lowest is None else f"{'above' if exclusive else 'at least'} {lowest:g}"
+        raise ValueError(f"{name}: expected a number {bound}; got {given!r}")
+    return float(given)
+
+
+def check_captures(fn: Any) -> None:
+    """A tensor that a custom objective captured gets no gradient from the folded head; refuse it where it wants one."""
+    for value in captured(fn):
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(
+                f"custom objective: it captures a tensor of shape {tuple(value.shape)} that requires grad, whose "
+                "gradient would be lost; detach it, or compute that term outside the objective"
+            )
+
+
+def captured(fn: Any) -> Iterator[Any]:
+    """Everything a function closes over: cells, defaults, bound arguments of a partial or a callable object."""
+    inner = getattr(fn, "func", None)
+    if inner is not None:
+        yield from captured(inner)
+        yield from (*fn.args, *fn.keywords.values())
+    function = getattr(fn, "__func__", fn)
+    if isinstance(function, FunctionType):
+        for cell in function.__closure__ or ():
+            try:
+                yield cell.cell_contents
+            except ValueError:  # a cell that is not filled yet
+                continue
+        yield from (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    owner = getattr(fn, "__self__", fn if not isinstance(fn, FunctionType) else None)
+    yield from getattr(owner, "__dict__", {}).values()
+
+
+def probe_metrics(fn: CustomLoss) -> tuple[str, ...]:
+    """Run a custom objective once on two sequences of two tokens: the names of its metrics, and an early error."""
+    ones = torch.ones(4)
+    batch = TokenBatch(
+        torch.zeros(4, dtype=torch.int64), torch.tensor([0, 2, 4]), advantage=ones, old_logp=-ones, ref_logp=-ones,
+        rollout_logp=-ones, group=torch.zeros(2, dtype=torch.int64), segment=torch.zeros(4, dtype=torch.int64),
+        weight=ones, clip_low=ones / 5, clip_high=ones / 5, kl_mask=torch.ones(4, dtype=torch.bool), value=ones,
+        old_value=ones, returns=ones,
+    )  # fmt: skip
+    result = fn(-ones, ones, batch)
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+        raise TypeError(f"custom objective: expected (loss per token, dict of metrics); got {type(result).__name__}")
+    loss, metrics = result
+    if not isinstance(loss, Tensor) or loss.shape != (4,):
+        raise ValueError(f"custom objective: expected a loss per token, shape (4,) on a probe of 4 tokens; got {loss!r}")
+    for name, value in metrics.items():
+        if not isinstance(value, Tensor) or value.shape != (4,):
+            raise ValueError(f"custom objective: metric {name!r} must have one value per token; got {value!r} on 4 tokens")
+    return tuple(metrics)

@@ -1,0 +1,384 @@
+"""The clipped-surrogate family: one objective, evaluated in one order, on a whole minibatch or on a chunk of it.
+
+    log-ratio -> level -> ratio -> surrogate -> off-policy correction -> weights and masks -> KL -> entropy -> aggregation
+
+    loss = sum_i c_i [ w_i rho_i surrogate_i + beta KL_i - alpha H_i ],   c_i from the aggregation and the totals
+
+Every term is a sum over rows with the minibatch's denominators in c_i, so the losses of chunks and micro-batches add.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlcore.algorithms.objective import Objective
+from rlcore.layout import TokenBatch, effective_sample_size, group_borders, tokens_per_sequence
+
+# exp(20) = 4.9e8: far outside every clip range, and far from the overflow that would turn 0 * inf into NaN gradients.
+LOG_RATIO_BOUND = 20.0
+
+Metrics = dict[str, Tensor]
+
+
+def policy_loss(
+    logp: Tensor, batch: TokenBatch, objective: Objective, entropy: Tensor | None = None
+) -> tuple[Tensor, Metrics]:
+    """The loss of a (micro-)batch and its metrics, in plain differentiable torch.
+
+    logp and entropy are [N] or [B, T] like `batch.target`; statistics and loss are float32 (float64 for float64).
+    Returns the 0-d loss and a dict of 0-d metrics that `merge_metrics` can merge. Raises ValueError where the
+    objective needs a field that the batch lacks. Source: PPO (1707.06347), GRPO (2402.03300), GSPO (2507.18071),
+    CISPO (2506.13585), DAPO (2503.14476); the aggregation by minibatch totals is our own.
+    """
+    check_scores(logp, batch, objective, entropy)
+    logp = full_precision(logp).reshape(-1)
+    entropy = None if entropy is None else full_precision(entropy).reshape(-1)
+    if objective.scope == "batch" and not batch.prepared:
+        batch = objective.prepare(logp, entropy, batch)
+    prepared = prepare_chunks(batch, objective, logp.dtype)
+    loss, metrics = chunk_loss(logp, entropy, prepared, 0, prepared.batch.N, objective)
+    if objective.debug:
+        check_two_chunks(loss, logp, entropy, prepared, objective)
+    return loss, metrics
+
+
+class PreparedBatch(NamedTuple):
+    """What chunks of one (micro-)batch share: its flat fields, cleaned under the mask, and the row coefficients."""
+
+    batch: TokenBatch
+    coefficient: Tensor  # [N] weight of each row's loss in the minibatch loss, 0 where masked
+    per_token: Tensor  # [N] 1 / tokens of the minibatch, 0 where masked: the weight of a row in a metric
+    level: Tensor | None  # [N] dense id of the sequence or segment whose ratio the row shares, or None
+
+    def borders(self, scope: str) -> list[int] | None:
+        """Rows at which chunks may be cut: None for anywhere, else a host list from 0 to N."""
+        assert self.batch.offsets is not None
+        if scope in ("token", "batch"):
+            return None
+        starts: list[int] = self.batch.offsets.tolist()
+        return starts if scope == "sequence" else [starts[s] for s in group_borders(self.batch)]
+
+
+def prepare_chunks(batch: TokenBatch, objective: Objective, dtype: torch.dtype = torch.float32) -> PreparedBatch:
+    """Do once per (micro-)batch what `chunk_loss` needs from all of it: row coefficients, ids and clean fields."""
+    check_fields(batch, objective)
+    batch = without_masked_values(batch.flat(), dtype)
+    mask = torch.ones(batch.N, dtype=dtype, device=batch.device) if batch.mask is None else batch.mask.to(dtype)
+    assert batch.totals is not None
+    per_token = mask / batch.totals.tokens.to(dtype).clamp(min=1)
+    return PreparedBatch(batch, aggregation(batch, objective, mask), per_token, ratio_level(batch, objective))
+
+
+def aggregation(batch: TokenBatch, objective: Objective, mask: Tensor) -> Tensor:
+    """The coefficient of every row in the minibatch loss, [N].
+
+    token_mean 1/tokens; seq_mean_token_mean 1/(tokens of the sequence * sequences); seq_mean_token_sum 1/sequences;
+    seq_mean_token_sum_norm 1/(sequences * length), the constant of Dr. GRPO (2503.20783).
+    """
+    assert batch.totals is not None
+    tokens = batch.totals.tokens.to(mask.dtype).clamp(min=1)
+    sequences = batch.totals.sequences.to(mask.dtype).clamp(min=1)
+    if objective.aggregate == "token_mean":
+        return mask / tokens
+    if objective.aggregate == "seq_mean_token_mean":
+        length = tokens_per_sequence(batch).to(mask.dtype).clamp(min=1)
+        return mask / (length[batch.sequence_id()] * sequences)
+    if objective.aggregate == "seq_mean_token_sum":
+        return mask / sequences
+    return mask / (sequences * objective.values(mask).length)
+
+
+def ratio_level(batch: TokenBatch, objective: Objective) -> Tensor | None:
+    """Dense ids (0, 1, ... below N) of the unit that shares one ratio: a sequence, or a segment of a sequence."""
+    if objective.ratio == "sequence":
+        sequence = batch.sequence_id()
+        begins = torch.ones_like(sequence)
+        begins[1:] = (sequence.diff() != 0).long()
+        return begins.cumsum(0) - 1
+    if objective.ratio == "segment":
+        assert batch.segment is not None
+        # Two stable sorts order rows by (sequence, segment) without a product of ids that could overflow.
+        by_segment = batch.segment.argsort(stable=True)
+        order = by_segment[batch.sequence_id()[by_segment].argsort(stable=True)]
+        sequence, segment = batch.sequence_id()[order], batch.segment[order]
+        begins = torch.ones_like(order)
+        begins[1:] = ((sequence.diff() != 0) | (segment.diff() != 0)).long()
+        return torch.empty_like(order).scatter_(0, order, begins.cumsum(0) - 1)
+    return None
+
+
+def chunk_loss(
+    logp: Tensor, entropy: Tensor | None, prepared: PreparedBatch, start: int, stop: int, objective: Objective
+) -> tuple[Tensor, Metrics]:
+    """The part of the minibatch loss that rows [start, stop) contribute; differentiable in logp and entropy.
+
+    logp and entropy are [stop - start]. Rows may be cut anywhere for token scope, at `prepared.borders(scope)` else.
+    """
+    rows = prepared.batch.chunk(start, stop)
+    coefficient, per_token = prepared.coefficient[start:stop], prepared.per_token[start:stop]
+    keep = coefficient.new_ones(stop - start, dtype=torch.bool) if rows.mask is None else rows.mask
+    logp = torch.where(keep, logp, 0)
+    entropy = None if entropy is None else torch.where(keep, entropy, 0)
+    if objective.custom_loss is not None:
+        return custom_chunk(logp, entropy, rows, coefficient, per_token, keep, objective)
+
+    numbers = objective.values(logp)
+    log_ratio, ratio = importance_ratio(logp, rows, prepared.level, start, stop, objective)
+    low = numbers.clip_low if rows.clip_low is None else rows.clip_low
+    high = numbers.clip_high if rows.clip_high is None else rows.clip_high
+    assert rows.advantage is not None
+    loss = surrogate(logp, ratio, rows.advantage, low, high, objective)
+    if objective.has_correction:
+        loss = loss * truncated_weight(logp, rows, objective)
+    if rows.weight is not None:
+        loss = loss * rows.weight
+    total = (coefficient * loss).sum()
+
+    metrics = ratio_metrics(log_ratio, ratio, rows.advantage, low, high, per_token, keep, objective)
+    metrics["policy_loss"] = total.detach()
+    if objective.kl is not None:
+        assert rows.ref_logp is not None
+        selected = coefficient if rows.kl_mask is None else coefficient * rows.kl_mask
+        kl = kl_divergence(logp, rows.ref_logp, objective.kl.estimator)
+        kl_loss = numbers.kl * (selected * kl).sum()
+        total = total + kl_loss
+        metrics["kl_loss"] = kl_loss.detach()
+    if objective.needs_entropy:
+        assert entropy is not None
+        entropy_loss = -numbers.entropy * (coefficient * entropy).sum()
+        total = total + entropy_loss
+        metrics["entropy_loss"] = entropy_loss.detach()
+    metrics |= anchor_metrics(logp, entropy, rows, per_token, keep, objective)
+    metrics["loss"] = total.detach()
+    return total, metrics
+
+
+def importance_ratio(
+    logp: Tensor, rows: TokenBatch, level: Tensor | None, start: int, stop: int, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """log-ratio and ratio pi/pi_old of every row at the objective's level; without old_logp the value is 1.
+
+    token: r_t; sequence, segment: the geometric mean exp(mean log r) over the unit's unmasked tokens (GSPO);
+    none: pi/sg(pi), which is 1 and has the gradient of log pi.
+    """
+    on_policy = rows.old_logp is None or objective.ratio == "none"
+    log_ratio = logp - (logp.detach() if on_policy else rows.old_logp)
+    if level is not None:
+        log_ratio = unit_mean(log_ratio, level[start:stop], rows.mask)
+    log_ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return log_ratio, log_ratio.exp()
+
+
+def unit_mean(x: Tensor, unit: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of x over the unmasked rows of each row's unit, [n]; masked rows of x are 0 already."""
+    unit = unit - unit.min()
+    zeros = x.new_zeros(x.shape[0])
+    count = zeros.index_add(0, unit, torch.ones_like(x) if mask is None else mask.to(x.dtype))
+    total = zeros.index_add(0, unit, x)
+    return (total / count.clamp(min=1))[unit]
+
+
+def surrogate(logp: Tensor, ratio: Tensor, advantage: Tensor, low: Tensor, high: Tensor, objective: Objective) -> Tensor:
+    """The policy term per row, [n], to be minimised.
+
+    ppo: max(-r A, -clip(r, 1-low, 1+high) A), and for A < 0 at most -c A with dual clip c (1912.09729);
+    cispo: -sg(clip(r)) A log pi; reinforce: -r A, or -A log pi where there is no ratio.
+    """
+    if objective.surrogate == "reinforce":
+        return -advantage * (logp if objective.ratio == "none" else ratio)
+    clipped = ratio.clamp(1 - low, 1 + high)
+    if objective.surrogate == "cispo":
+        return -clipped.detach() * advantage * logp
+    loss = torch.maximum(-ratio * advantage, -clipped * advantage)
+    if objective.has_dual_clip:
+        bound = -objective.values(logp).dual_clip * advantage
+        loss = torch.where(advantage < 0, torch.minimum(loss, bound), loss)
+    return loss
+
+
+def truncated_weight(logp: Tensor, rows: TokenBatch, objective: Objective) -> Tensor:
+    """Truncated importance sampling: min(pi_old / pi_rollout, cap) per row, a constant (verl#2953)."""
+    return behaviour_ratio(logp, rows).minimum(objective.values(logp).cap)
+
+
+def behaviour_ratio(logp: Tensor, rows: TokenBatch) -> Tensor:
+    """exp(old_logp - rollout_logp): what the trainer's and the sampler's probabilities of a token differ by."""
+    old_logp = logp.detach() if rows.old_logp is None else rows.old_logp
+    assert rows.rollout_logp is not None
+    return (old_logp - rows.rollout_logp).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+
+
+def kl_divergence(logp: Tensor, ref_logp: Tensor, estimator: str) -> Tensor:
+    """Schulman's estimators of KL(pi || ref) from one sample, with x = log pi - log ref.
+
+    k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x. As losses their gradients differ: k2's is the gradient of the KL in
+    expectation, k1's is zero in expectation. Source: Schulman, "Approximating KL divergence" (2020).
+    """
+    x = (logp - ref_logp).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    if estimator == "k1":
+        return x
+    if estimator == "k2":
+        return x * x / 2
+    return torch.expm1(-x) + x
+
+
+@torch.no_grad()
+def ratio_metrics(
+    log_ratio: Tensor, ratio: Tensor, advantage: Tensor, low: Tensor, high: Tensor, per_token: Tensor, keep: Tensor,
+    objective: Objective,
+) -> Metrics:  # fmt: skip
+    """What the ratio did: its moments and extremes, and the fraction of tokens that lost their gradient to a clip."""
+    below, above = ratio < 1 - low, ratio > 1 + high
+    if objective.surrogate == "ppo":
+        below, above = below & (advantage < 0), above & (advantage > 0)
+    elif objective.surrogate == "reinforce":
+        below, above = torch.zeros_like(below), torch.zeros_like(above)
+    metrics = {
+        "tokens": keep.sum().to(ratio.dtype),
+        "ratio_mean": (per_token * ratio).sum(),
+        "ratio_min": torch.where(keep, ratio, torch.inf).amin() if ratio.numel() else ratio.new_tensor(torch.inf),
+        "ratio_max": torch.where(keep, ratio, -torch.inf).amax() if ratio.numel() else ratio.new_tensor(-torch.inf),
+        "clip_low_fraction": (per_token * below).sum(),
+        "clip_high_fraction": (per_token * above).sum(),
+        "clip_fraction": (per_token * (below | above)).sum(),
+        "old_kl_k1": -(per_token * log_ratio).sum(),
+        "old_kl_k3": (per_token * (torch.expm1(log_ratio) - log_ratio)).sum(),
+        "zero_advantage_fraction": (per_token * (advantage == 0)).sum(),
+        "advantage_mean": (per_token * advantage).sum(),
+    }
+    if objective.has_dual_clip:
+        hit = (advantage < 0) & (ratio > objective.values(ratio).dual_clip)
+        metrics["dual_clip_fraction"] = (per_token * hit).sum()
+    return metrics
+
+
+@torch.no_grad()
+def anchor_metrics(
+    logp: Tensor, entropy: Tensor | None, rows: TokenBatch, per_token: Tensor, keep: Tensor, objective: Objective
+) -> Metrics:
+    """Where the policy stands: its log-prob and entropy, its distance to the reference and to the sampler."""
+    metrics = {"logp_mean": (per_token * logp).sum()}
+    if entropy is not None:
+        metrics["entropy"] = (per_token * entropy).sum()
+    if rows.ref_logp is not None:
+        metrics["ref_kl_k1"] = (per_token * kl_divergence(logp, rows.ref_logp, "k1")).sum()
+        metrics["ref_kl_k3"] = (per_token * kl_divergence(logp, rows.ref_logp, "k3")).sum()
+    if rows.rollout_logp is not None:
+        ratio = behaviour_ratio(logp, rows)
+        old_logp = logp if rows.old_logp is None else rows.old_logp
+        difference = (old_logp - rows.rollout_logp) * keep
+        weight = keep * (ratio.minimum(objective.values(logp).cap) if objective.has_correction else ratio)
+        metrics |= {
+            "rollout_kl_k1": -(per_token * difference).sum(),
+            "rollout_kl_k3": (per_token * (torch.expm1(difference) - difference)).sum(),
+            "rollout_logp_difference_max": difference.abs().amax() if keep.numel() else logp.new_zeros(()),
+            "weight_sum": weight.sum(),
+            "weight_sq_sum": (weight * weight).sum(),
+        }
+        metrics["ess"] = effective_sample_size({"tokens": keep.sum().to(logp.dtype), **metrics})
+        if objective.has_correction:
+            hit = ratio > objective.values(logp).cap
+            metrics["correction_clip_fraction"] = (per_token * hit).sum()
+    return metrics
+
+
+def custom_chunk(
+    logp: Tensor, entropy: Tensor | None, rows: TokenBatch, coefficient: Tensor, per_token: Tensor, keep: Tensor,
+    objective: Objective,
+) -> tuple[Tensor, Metrics]:  # fmt: skip
+    """One chunk of a user's objective: its per-token loss aggregated like any other, its metrics as token means."""
+    assert objective.custom_loss is not None
+    loss, named = objective.custom_loss(logp, entropy, rows)
+    if loss.shape != logp.shape:
+        raise ValueError(f"custom objective: expected a loss per token of shape {tuple(logp.shape)}; got {tuple(loss.shape)}")
+    total = (coefficient * torch.where(keep, loss, 0)).sum()
+    metrics = {"tokens": keep.sum().to(logp.dtype), "loss": total.detach()}
+    for name, value in named.items():
+        metrics[name] = (per_token * torch.where(keep, value.detach(), 0)).sum()
+    return total, metrics
+
+
+def metric_names(batch: TokenBatch, objective: Objective, entropy: bool) -> tuple[str, ...]:
+    """The names of the metrics that `chunk_loss` returns, in its order, known without running it."""
+    if objective.custom_loss is not None:
+        return ("tokens", "loss", *objective.custom_metrics)
+    names = ["tokens", "ratio_mean", "ratio_min", "ratio_max", "clip_low_fraction", "clip_high_fraction", "clip_fraction",
+             "old_kl_k1", "old_kl_k3", "zero_advantage_fraction", "advantage_mean"]  # fmt: skip
+    names += ["dual_clip_fraction"] * objective.has_dual_clip
+    names += ["policy_loss"] + ["kl_loss"] * (objective.kl is not None) + ["entropy_loss"] * objective.needs_entropy
+    names += ["logp_mean"] + ["entropy"] * entropy
+    if batch.ref_logp is not None:
+        names += ["ref_kl_k1", "ref_kl_k3"]
+    if batch.rollout_logp is not None:
+        names += ["rollout_kl_k1", "rollout_kl_k3", "rollout_logp_difference_max", "weight_sum", "weight_sq_sum", "ess"]
+        names += ["correction_clip_fraction"] * objective.has_correction
+    return (*names, "loss")
+
+
+def without_masked_values(batch: TokenBatch, dtype: torch.dtype) -> TokenBatch:
+    """Constants in the loss's dtype, detached, and 0 wherever the mask is 0: masked NaN never meets arithmetic."""
+    clean = {}
+    for name in ("advantage", "old_logp", "ref_logp", "rollout_logp", "weight", "clip_low", "clip_high", "value",
+                 "old_value", "returns"):  # fmt: skip
+        x = getattr(batch, name)
+        if x is not None:
+            x = x.detach().to(dtype)
+            clean[name] = x if batch.mask is None else torch.where(batch.mask, x, 0)
+    return replace(batch, **clean)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """float64 stays, everything narrower is float32: losses are never rounded below that."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def check_two_chunks(
+    loss: Tensor, logp: Tensor, entropy: Tensor | None, prepared: PreparedBatch, objective: Objective
+) -> None:
+    """Debug mode: a custom objective must not depend on where its chunks are cut."""
+    borders = prepared.borders(objective.scope) or list(range(prepared.batch.N + 1))
+    middle = borders[len(borders) // 2]
+    with torch.no_grad():
+        parts = [
+            chunk_loss(logp[a:b], None if entropy is None else entropy[a:b], prepared, a, b, objective)[0]
+            for a, b in ((0, middle), (middle, prepared.batch.N))
+            if b > a
+        ]
+        difference = abs(float(torch.stack(parts).sum() - loss))
+    if difference > 1e-4 * max(1.0, abs(float(loss))):
+        raise ValueError(
+            f"custom objective: its loss depends on where a batch is cut (one chunk {float(loss):.6g}, two chunks "
+            f'{float(torch.stack(parts).sum()):.6g}); declare scope="sequence", "group" or "batch"'
+        )
+
+
+def check_scores(logp: Tensor, batch: TokenBatch, objective: Objective, entropy: Tensor | None) -> None:
+    for name, x in (("logp", logp), ("entropy", entropy)):
+        if x is None:
+            continue
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype; got {x.dtype}")
+        if x.shape != batch.shape:
+            raise ValueError(f"{name}: expected shape {tuple(batch.shape)} like batch.target; got {tuple(x.shape)}")
+    if objective.needs_entropy and entropy is None:
+        raise ValueError("entropy: the objective has an entropy term, but no entropy was given")
+
+
+def check_fields(batch: TokenBatch, objective: Objective) -> None:
+    """Everything that the objective reads must be there; a micro-batch of batch scope must have been prepared."""
+    if objective.scope == "batch" and not batch.prepared:
+        raise ValueError(
+            "batch: the objective has batch scope; call objective.prepare(logp, entropy, batch) on the whole minibatch "
+            "before splitting it"
+        )
+    if objective.custom_loss is not None:
+        return
+    needed = {"advantage": True, "rollout_logp": objective.has_correction, "ref_logp": objective.kl is not None,
+              "segment": objective.ratio == "segment"}  # fmt: skip
+    for name, is_needed in needed.items():
+        if is_needed and getattr(batch, name) is None:
+            raise ValueError(f"batch.{name}: the objective reads it, but the batch has none")

@@ -1,0 +1,391 @@
+"""The token layout: one flat axis of predictions for packed and padded batches, and the minibatch's denominators.
+
+Tokens live on one flat axis of N rows. `offsets` (int64, S+1) says that sequence s owns rows offsets[s]:offsets[s+1];
+a padded [B, T] tensor is the uniform case (0, T, 2T, ...). A row is a prediction: hidden[i] is the state that predicts
+target[i], logp[i] is the log-probability of target[i]. Nothing inside the library shifts; `shift` makes such rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PER_TOKEN = ("target", "mask", "old_logp", "ref_logp", "rollout_logp", "segment", "kl_mask", "value", "old_value",
+             "returns")  # fmt: skip
+PER_TOKEN_OR_SEQUENCE = ("advantage", "weight", "clip_low", "clip_high")
+PER_SEQUENCE = ("group",)
+FLOATING = ("old_logp", "ref_logp", "rollout_logp", "value", "old_value", "returns", *PER_TOKEN_OR_SEQUENCE)
+TENSORS = ("target", "offsets", "mask", "advantage", "old_logp", "ref_logp", "rollout_logp", "group", "segment",
+           "weight", "clip_low", "clip_high", "kl_mask", "value", "old_value", "returns")  # fmt: skip
+
+
+class Totals(NamedTuple):
+    """The denominators of a minibatch: 0-d float32 tensors on the batch's device.
+
+    Micro-batches carry the totals of the minibatch they were cut from, so their losses sum to the minibatch's loss.
+    Where DDP or FSDP averages gradients over R ranks, pass the counts of all ranks divided by R.
+    """
+
+    tokens: Tensor
+    sequences: Tensor
+    groups: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """One minibatch (or micro-batch) of predictions and everything the objectives read about them.
+
+    Shapes: per token [N] with `offsets` [S+1], or [B, T] without. `advantage`, `weight`, `clip_low` and `clip_high`
+    are per token or per sequence ([S], stored per token); `group` is [S]. `mask` (bool or 0/1) says which rows count: what a masked row
+    holds (NaN, label -100) never matters. `segment` ids tell turns or steps apart inside a sequence. `kl_mask` selects
+    the tokens of the KL term. `totals` are the denominators; left out, they are this batch's own. All sequences count
+    in `totals.sequences`, also fully masked ones, unless `count_empty=False`. A weight of 0 changes no denominator.
+
+    Raises TypeError or ValueError that name the field, what was expected and what came. On CPU the values of offsets
+    and masks are checked, on GPU only shapes and dtypes.
+    """
+
+    target: Tensor
+    offsets: Tensor | None = None
+    mask: Tensor | None = None
+    advantage: Tensor | None = None
+    old_logp: Tensor | None = None
+    ref_logp: Tensor | None = None
+    rollout_logp: Tensor | None = None
+    group: Tensor | None = None
+    segment: Tensor | None = None
+    weight: Tensor | None = None
+    clip_low: Tensor | None = None
+    clip_high: Tensor | None = None
+    kl_mask: Tensor | None = None
+    value: Tensor | None = None
+    old_value: Tensor | None = None
+    returns: Tensor | None = None
+    totals: Totals | None = None
+    count_empty: bool = True
+    # Set by `split`, `flat` and `Objective.prepare`, never by hand.
+    rows: slice | None = field(default=None, repr=False)
+    sequences: slice | None = field(default=None, repr=False)
+    prepared: bool = field(default=False, repr=False)
+    checked: bool = field(default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.checked:
+            check_batch(self)
+            for name in ("mask", "kl_mask"):
+                given = getattr(self, name)
+                if given is not None and given.dtype != torch.bool:
+                    object.__setattr__(self, name, given != 0)
+            for name in PER_TOKEN_OR_SEQUENCE:
+                given = getattr(self, name)
+                if given is not None and given.shape != self.shape:
+                    object.__setattr__(self, name, given[self.sequence_id()].reshape(self.shape))
+            object.__setattr__(self, "checked", True)
+        if self.totals is None:
+            object.__setattr__(self, "totals", count_totals(self))
+
+    @property
+    def padded(self) -> bool:
+        return self.target.dim() == 2
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.target.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.target.device
+
+    @property
+    def N(self) -> int:
+        return self.target.numel()
+
+    @property
+    def S(self) -> int:
+        return self.target.shape[0] if self.offsets is None else self.offsets.shape[0] - 1
+
+    @property
+    def is_micro(self) -> bool:
+        """Whether this is a part of a minibatch, made by `split`."""
+        return self.rows is not None
+
+    def lengths(self) -> Tensor:
+        """Rows per sequence, masked ones included, [S] int64."""
+        if self.offsets is None:
+            return torch.full((self.S,), self.shape[1], dtype=torch.int64, device=self.device)
+        return self.offsets.diff()
+
+    def sequence_id(self) -> Tensor:
+        """The sequence of every row, [N] int64."""
+        return sequence_id(flat_offsets(self), self.N)
+
+    def flat(self) -> TokenBatch:
+        """The same batch with every per-token field as [N] and `offsets` set; a padded batch is not copied."""
+        if not self.padded:
+            return self
+        per_row = {}
+        for name in (*PER_TOKEN, *PER_TOKEN_OR_SEQUENCE):
+            x = getattr(self, name)
+            if x is not None:
+                per_row[name] = x.reshape(-1)
+        return replace(self, offsets=flat_offsets(self), **per_row)
+
+    def split(self, max_tokens: int, by: str = "sequence") -> list[TokenBatch]:
+        """Cut at sequence (or group) borders into micro-batches of at most `max_tokens` rows that keep the totals.
+
+        A sequence (group) longer than that is a micro-batch of its own. `by="group"` keeps rows of one group id
+        together; groups must be contiguous. Each part says where it came from: `.rows` in the flat rows of this batch,
+        `.sequences` in its sequences. The losses of the parts sum to the loss of the whole.
+        """
+        if not isinstance(max_tokens, int) or max_tokens < 1:
+            raise ValueError(f"max_tokens: expected a positive int; got {max_tokens!r}")
+        if by not in ("sequence", "group"):
+            raise ValueError(f'by: expected "sequence" or "group"; got {by!r}')
+        starts = flat_offsets(self).tolist()
+        units = list(range(self.S + 1)) if by == "sequence" else group_borders(self)
+        cuts = [0]
+        for unit, following in zip(units[:-1], units[1:], strict=True):
+            if starts[following] - starts[cuts[-1]] > max_tokens and starts[unit] > starts[cuts[-1]]:
+                cuts.append(unit)
+        cuts.append(self.S)
+        return [self._part(a, b, starts) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if b > a]
+
+    def _part(self, a: int, b: int, starts: list[int]) -> TokenBatch:
+        parts: dict[str, Tensor | None] = {}
+        for name in TENSORS:
+            x = getattr(self, name)
+            if x is None:
+                continue
+            if name == "offsets":
+                parts[name] = x[a : b + 1] - x[a]
+            elif self.padded or name in PER_SEQUENCE:
+                parts[name] = x[a:b]
+            else:
+                parts[name] = x[starts[a] : starts[b]]
+        base_row = self.rows.start if self.rows is not None else 0
+        base_sequence = self.sequences.start if self.sequences is not None else 0
+        rows = slice(base_row + starts[a], base_row + starts[b])
+        return replace(self, **parts, rows=rows, sequences=slice(base_sequence + a, base_sequence + b))
+
+    def chunk(self, start: int, stop: int) -> TokenBatch:
+        """Rows [start, stop) of a flat batch, views only; sequences keep their ids, offsets are clamped to the chunk."""
+        parts = {}
+        for name in (*PER_TOKEN, *PER_TOKEN_OR_SEQUENCE):
+            x = getattr(self, name)
+            if x is not None:
+                parts[name] = x[start:stop]
+        return replace(self, offsets=flat_offsets(self).clamp(start, stop) - start, **parts)
+
+    def tensors(self) -> list[Tensor | None]:
+        """The tensor fields in the order of `layout.TENSORS`, then the totals: what a custom op takes."""
+        assert self.totals is not None
+        return [getattr(self, name) for name in TENSORS] + list(self.totals)
+
+    @classmethod
+    def from_tensors(cls, tensors: list[Tensor | None], **flags: bool) -> TokenBatch:
+        """The batch whose `tensors()` these are, unchecked."""
+        totals = Totals(*tensors[len(TENSORS) :])  # type: ignore[arg-type]
+        return cls(**dict(zip(TENSORS, tensors, strict=False)), totals=totals, checked=True, **flags)  # type: ignore[arg-type]
+
+    def to(self, device: torch.device | str) -> TokenBatch:
+        """The same batch on another device."""
+        moved = {name: x.to(device) for name in TENSORS if (x := getattr(self, name)) is not None}
+        assert self.totals is not None
+        return replace(self, **moved, totals=Totals(*(x.to(device) for x in self.totals)))
+
+
+def flat_offsets(batch: TokenBatch) -> Tensor:
+    """The offsets of a batch's sequences on the flat axis, [S+1] int64."""
+    if batch.offsets is not None:
+        return batch.offsets
+    return torch.arange(batch.shape[0] + 1, device=batch.device) * batch.shape[1]
+
+
+def sequence_id(offsets: Tensor, N: int) -> Tensor:
+    """The sequence of every row, [N] int64, from offsets [S+1]."""
+    ids = torch.arange(offsets.shape[0] - 1, device=offsets.device)
+    return torch.repeat_interleave(ids, offsets.diff(), output_size=N)
+
+
+def per_token(x: Tensor, offsets: Tensor | TokenBatch) -> Tensor:
+    """Repeat a value per sequence over its tokens: y[i] = x[s] for offsets[s] <= i < offsets[s+1].
+
+    x is [S], `offsets` is [S+1] (result [N]) or a TokenBatch (result in its shape). Raises ValueError on a wrong shape.
+    """
+    if isinstance(offsets, TokenBatch):
+        if x.shape != (offsets.S,):
+            raise ValueError(f"x: expected shape ({offsets.S},), one value per sequence; got {tuple(x.shape)}")
+        return x[offsets.sequence_id()].reshape(offsets.shape)
+    if x.shape != (offsets.shape[0] - 1,):
+        raise ValueError(f"x: expected shape ({offsets.shape[0] - 1},), one value per sequence; got {tuple(x.shape)}")
+    y = torch.repeat_interleave(x, offsets.diff())
+    y.is_per_token = True  # type: ignore[attr-defined]  # tells TokenBatch which one it is where S == N
+    return y
+
+
+def shift(input_ids: Tensor, mask: Tensor | None = None, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Turn token ids into aligned rows: row i predicts token i+1 of its sequence.
+
+    input_ids is [B, T], or [N] with `offsets` [S+1]; mask (same shape, bool or 0/1) says which *tokens* carry loss.
+    Returns (target, mask) of the same shape: target[i] = input_ids[i+1], mask[i] = mask[i+1], and the last row of each
+    sequence, which predicts nothing, is masked and has target 0. The model's hidden states are used unshifted.
+    """
+    if mask is not None and mask.shape != input_ids.shape:
+        raise ValueError(f"mask: expected shape {tuple(input_ids.shape)} like input_ids; got {tuple(mask.shape)}")
+    if input_ids.dim() == 1 and offsets is None:
+        raise ValueError("offsets: needed for packed input_ids of shape [N]")
+    if input_ids.dim() not in (1, 2):
+        raise ValueError(f"input_ids: expected [B, T] or [N]; got shape {tuple(input_ids.shape)}")
+    target = torch.zeros_like(input_ids)
+    target[..., :-1] = input_ids[..., 1:]
+    shifted = torch.zeros_like(input_ids, dtype=torch.bool)
+    shifted[..., :-1] = True if mask is None else mask[..., 1:] != 0
+    if offsets is not None:
+        # Rows before a border belong to the last token of a sequence; an empty sequence repeats the border.
+        is_last = torch.zeros_like(shifted).index_fill_(0, (offsets[1:] - 1).clamp(min=0), True)
+        is_last[0] = is_last[0] & bool_any_ends_at_first_row(offsets)
+        target = target.masked_fill(is_last, 0)
+        shifted = shifted & ~is_last
+    return target, shifted
+
+
+def bool_any_ends_at_first_row(offsets: Tensor) -> Tensor:
+    """Whether a sequence ends after the flat row 0 (leading empty sequences clamp to that row as well)."""
+    return (offsets[1:] == 1).any()
+
+
+def merge_metrics(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Merge the metrics of a minibatch's micro-batches exactly.
+
+    Every metric is a sum over the minibatch's denominators, so parts add up; names ending in `_min` and `_max` take the
+    minimum and maximum; `ess`, the effective sample size of the off-policy weights as a fraction of the tokens, is
+    (sum w)^2 / (n sum w^2), made anew from its sums.
+    """
+    merged: dict[str, Tensor] = {}
+    for part in parts:
+        for name, value in part.items():
+            if name not in merged:
+                merged[name] = value
+            elif name.endswith("_min"):
+                merged[name] = torch.minimum(merged[name], value)
+            elif name.endswith("_max"):
+                merged[name] = torch.maximum(merged[name], value)
+            else:
+                merged[name] = merged[name] + value
+    if "ess" in merged:
+        merged["ess"] = effective_sample_size(merged)
+    return merged
+
+
+def effective_sample_size(metrics: Mapping[str, Tensor]) -> Tensor:
+    squares = metrics["tokens"] * metrics["weight_sq_sum"]
+    return torch.where(squares > 0, metrics["weight_sum"] ** 2 / squares.clamp(min=1e-30), torch.ones_like(squares))
+
+
+def count_totals(batch: TokenBatch) -> Totals:
+    """The denominators of one batch by itself, without a host sync."""
+    device = batch.device
+    tokens = torch.tensor(float(batch.N), device=device) if batch.mask is None else batch.mask.sum().float()
+    sequences = torch.tensor(float(batch.S), device=device)
+    if not batch.count_empty:
+        sequences = (tokens_per_sequence(batch) > 0).sum().float()
+    groups = sequences
+    if batch.group is not None:
+        ordered = batch.group.sort().values
+        groups = (ordered.diff() != 0).sum().float() + (1 if batch.S else 0)
+    return Totals(tokens, sequences, groups)
+
+
+def tokens_per_sequence(batch: TokenBatch) -> Tensor:
+    """Unmasked tokens per sequence, [S] float32."""
+    if batch.mask is None:
+        return batch.lengths().float()
+    if batch.padded:
+        return batch.mask.sum(1).float()
+    counts = torch.zeros(batch.S, device=batch.device)
+    return counts.index_add_(0, batch.sequence_id(), batch.mask.float())
+
+
+def group_borders(batch: TokenBatch) -> list[int]:
+    """Sequence indices where a group begins, and S; groups must be contiguous."""
+    if batch.group is None:
+        raise ValueError('group: needed to cut at group borders (by="group"); got None')
+    ids = batch.group.tolist()
+    begins = [s for s in range(batch.S) if s == 0 or ids[s] != ids[s - 1]]
+    if len({ids[s] for s in begins}) != len(begins):
+        raise ValueError("group: sequences of one group must be contiguous to cut at group borders; sort them by group")
+    return [*begins, batch.S]
+
+
+def check_batch(batch: TokenBatch) -> None:
+    """Shapes and dtypes always; values only where reading them costs no device sync."""
+    target, offsets = batch.target, batch.offsets
+    for f in fields(batch):
+        x = getattr(batch, f.name)
+        if f.name in TENSORS and x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{f.name}: expected a torch.Tensor; got {type(x).__name__}")
+    if target.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"target: expected int64 token ids; got {target.dtype}")
+    if target.dim() not in (1, 2):
+        raise ValueError(f"target: expected shape [N] or [B, T]; got {tuple(target.shape)}")
+    if target.dim() == 2 and offsets is not None:
+        raise ValueError("offsets: a padded [B, T] batch has none; give offsets only with target of shape [N]")
+    if target.dim() == 1 and offsets is None:
+        raise ValueError("offsets: needed with target of shape [N] (S+1 row borders); for a padded batch pass [B, T]")
+    if target.numel() == 0:
+        raise ValueError(f"target: expected at least one token; got shape {tuple(target.shape)}")
+    if offsets is not None:
+        check_offsets(offsets, target.numel())
+    for name in TENSORS:
+        x = getattr(batch, name)
+        if x is not None and name not in ("target", "offsets"):
+            check_field(batch, name, x)
+
+
+def check_offsets(offsets: Tensor, N: int) -> None:
+    """Offsets are int64 [S+1], begin at 0, never decrease and end at N."""
+    if offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.shape[0] < 2:
+        got = f"{offsets.dtype} of shape {tuple(offsets.shape)}"
+        raise ValueError(f"offsets: expected int64 of shape [S+1] with S >= 1; got {got}")
+    if offsets.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if offsets[0] != 0 or offsets[-1] != N or bool((offsets.diff() < 0).any()):
+        raise ValueError(f"offsets: expected to rise from 0 to N={N}; got {offsets.tolist()[:8]}... to {int(offsets[-1])}")
+
+
+def check_field(batch: TokenBatch, name: str, x: Tensor) -> None:
+    token_shape, S = tuple(batch.shape), batch.S
+    if x.device != batch.device:
+        raise ValueError(f"{name}: expected on {batch.device} like target; got {x.device}")
+    if name in PER_SEQUENCE:
+        expected = f"({S},), one per sequence"
+        fits = tuple(x.shape) == (S,)
+    elif name in PER_TOKEN:
+        expected = f"{token_shape} like target"
+        fits = tuple(x.shape) == token_shape
+    else:
+        expected = f"{token_shape} (per token) or ({S},) (per sequence)"
+        fits = tuple(x.shape) in (token_shape, (S,))
+    if not fits:
+        raise ValueError(f"{name}: expected shape {expected}; got {tuple(x.shape)}")
+    if name in FLOATING and not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype; got {x.dtype}")
+    if name in ("group", "segment") and x.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: expected integer ids; got {x.dtype}")
+    if name in ("mask", "kl_mask") and x.dtype != torch.bool:
+        check_zero_one(name, x)
+    ambiguous = name in PER_TOKEN_OR_SEQUENCE and not batch.padded and S == batch.N
+    if ambiguous and not hasattr(x, "is_per_token") and bool((batch.lengths() != 1).any()):
+        raise ValueError(
+            f"{name}: shape ({S},) fits both tokens and sequences, and not every sequence has one token; "
+            "say which: rl.per_token(x, offsets) turns per-sequence values into per-token ones"
+        )
+
+
+def check_zero_one(name: str, x: Tensor) -> None:
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(((x == 0) | (x == 1)).all()):
+        raise ValueError(f"{name}: expected bool or 0/1; got other values in a {x.dtype} tensor")
