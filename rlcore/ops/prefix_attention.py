@@ -1,0 +1,195 @@
+"""prefix_attention: exact attention over a packed prefix forest, every shared token once, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlcore.algorithms import prefix_attention as algorithm
+from rlcore.ops import backend
+from rlcore.prefix_tree import PrefixTree
+
+
+@torch.library.custom_op("rlcore::prefix_attention_forward", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    end: Tensor,
+    position: Tensor,
+    node_table: Tensor,
+    sink: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    if _composes(q, window, softcap):
+        return algorithm.composed_forward(q, k, v, node_table, scale, sink)
+    return algorithm.blocked_forward(q, k, v, end, position, node_table, scale, window, softcap, sink)
+
+
+@_forward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    end: Tensor,
+    position: Tensor,
+    node_table: Tensor,
+    sink: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.custom_op("rlcore::prefix_attention_backward", mutates_args=())
+def _backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    end: Tensor,
+    position: Tensor,
+    node_table: Tensor,
+    sink: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if _composes(q, window, softcap):
+        dq, dk, dv, dsink = algorithm.composed_backward(do, q, k, v, o, lse, node_table, scale, sink)
+    else:
+        dq, dk, dv, dsink = algorithm.blocked_backward(
+            do, q, k, v, o, lse, end, position, node_table, scale, window, softcap, sink
+        )
+    return dq, dk, dv, q.new_empty(0) if dsink is None else dsink
+
+
+@_backward.register_fake
+def _(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    end: Tensor,
+    position: Tensor,
+    node_table: Tensor,
+    sink: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dsink = q.new_empty(0) if sink is None else sink.new_empty(sink.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsink
+
+
+def _composes(q: Tensor, window: int | None, softcap: float | None) -> bool:
+    return q.device.type == "cpu" and window is None and softcap is None
+
+
+class _PrefixAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sink: Tensor | None,
+        end: Tensor,
+        position: Tensor,
+        node_table: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        o, lse = _forward(q, k, v, end, position, node_table, sink, scale, window, softcap)
+        ctx.save_for_backward(q, k, v, o, lse, end, position, node_table, sink)
+        ctx.numbers = scale, window, softcap
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, do: Tensor) -> Any:
+        q, k, v, o, lse, end, position, node_table, sink = ctx.saved_tensors
+        dq, dk, dv, dsink = _backward(do, q, k, v, o, lse, end, position, node_table, sink, *ctx.numbers)
+        return dq, dk, dv, None if sink is None else dsink, None, None, None, None, None, None
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tree: PrefixTree,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+) -> Tensor:
+    """Attention of a packed prefix forest: row i attends to row j iff j <= i < tree.end[j] (own).
+
+    o_i = sum_j exp(z_ij - lse_i) v_j,  z_ij = scale * q_i . k_j (softcap c: c tanh(. / c)),  under a window only the
+    keys with depth[i] - depth[j] < window;  lse_i includes exp(sink_h) where a sink is given.
+
+    q [M, Hq, D], k [M, Hkv, D], v [M, Hkv, Dv], Hkv divides Hq; sink [Hq]; returns [M, Hq, Dv] in q's dtype. float32, float64, bfloat16
+    and float16, any strides; under autocast the inputs are cast as for scaled_dot_product_attention. scale defaults to D ** -0.5.
+    On CPU without window and softcap it is composed of flash attention calls; otherwise dense in bounded blocks.
+    `backend("reference")` runs the dense reference, which can be differentiated twice.
+    Raises ValueError or TypeError naming the argument.
+    """
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    _check(q, k, v, tree, window, softcap, sink)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend.requested() == "reference":
+        return algorithm.reference(q, k, v, tree.end, tree.position, scale, window, softcap, sink)
+    width, D = v.shape[-1], q.shape[-1]
+    # Flash attention has one head size: the narrower side is padded with zeros, which change neither scores nor outputs.
+    if width < D:
+        v = F.pad(v, (0, D - width))
+    elif width > D:
+        q, k = F.pad(q, (0, width - D)), F.pad(k, (0, width - D))
+    o = _PrefixAttention.apply(q, k, v, sink, tree.end, tree.position, tree.node_table, scale, window, softcap)
+    return o[..., :width] if width < D else o
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree, window: int | None, softcap: float | None, sink: Tensor | None
+) -> None:
+    if not isinstance(tree, PrefixTree):
+        raise TypeError(f"tree: expected a PrefixTree, got {type(tree).__name__}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 3:
+            raise ValueError(f"{name}: expected [rows, heads, head size], got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: expected a floating point tensor, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: expected the dtype of q ({q.dtype}), got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: expected the device of q ({q.device}), got {x.device}")
+        if x.shape[0] != tree.end.shape[0]:
+            raise ValueError(f"{name}: expected the tree's {tree.end.shape[0]} rows, got {x.shape[0]}")
+    if tree.end.device != q.device:
+        raise ValueError(f"tree: expected the device of q ({q.device}), got {tree.end.device}; use tree.to(device)")
+    if k.shape[1] != v.shape[1]:
+        raise ValueError(f"v: expected the {k.shape[1]} heads of k, got {v.shape[1]}")
+    if k.shape[2] != q.shape[2]:
+        raise ValueError(f"k: expected the head size of q ({q.shape[2]}), got {k.shape[2]}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"k: expected a number of heads that divides the {q.shape[1]} of q, got {k.shape[1]}")
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected at least 1, got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: expected a positive number, got {softcap}")
+    if sink is not None and sink.shape != (q.shape[1],):
+        raise ValueError(f"sink: expected one value per query head [{q.shape[1]}], got shape {tuple(sink.shape)}")
