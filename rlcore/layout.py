@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,10 +40,11 @@ class TokenBatch:
     """One minibatch (or micro-batch) of predictions and everything the objectives read about them.
 
     Shapes: per token [N] with `offsets` [S+1], or [B, T] without. `advantage`, `weight`, `clip_low` and `clip_high`
-    are per token or per sequence ([S], stored per token); `group` is [S]. `mask` (bool or 0/1) says which rows count: what a masked row
-    holds (NaN, label -100) never matters. `segment` ids tell turns or steps apart inside a sequence. `kl_mask` selects
-    the tokens of the KL term. `totals` are the denominators; left out, they are this batch's own. All sequences count
-    in `totals.sequences`, also fully masked ones, unless `count_empty=False`. A weight of 0 changes no denominator.
+    are per token or per sequence ([S], stored per token); `group` is [S]. `mask` (bool or 0/1) says which rows count:
+    what a masked row holds (NaN, label -100) never matters. `segment` ids tell turns or steps apart inside a sequence.
+    `kl_mask` selects the tokens of the KL term. `totals` are the denominators; left out, they are this batch's own. All
+    sequences count in `totals.sequences`, also fully masked ones, unless `count_empty=False`. A weight of 0 changes no
+    denominator.
 
     Raises TypeError or ValueError that name the field, what was expected and what came. On CPU the values of offsets
     and masks are checked, on GPU only shapes and dtypes.
@@ -155,7 +156,7 @@ class TokenBatch:
         return [self._part(a, b, starts) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if b > a]
 
     def _part(self, a: int, b: int, starts: list[int]) -> TokenBatch:
-        parts: dict[str, Tensor | None] = {}
+        parts: dict[str, Any] = {}
         for name in TENSORS:
             x = getattr(self, name)
             if x is None:
@@ -172,7 +173,7 @@ class TokenBatch:
         return replace(self, **parts, rows=rows, sequences=slice(base_sequence + a, base_sequence + b))
 
     def chunk(self, start: int, stop: int) -> TokenBatch:
-        """Rows [start, stop) of a flat batch, views only; sequences keep their ids, offsets are clamped to the chunk."""
+        """Rows [start, stop) of a flat batch as views; sequences keep their ids, offsets are clamped to the chunk."""
         parts = {}
         for name in (*PER_TOKEN, *PER_TOKEN_OR_SEQUENCE):
             x = getattr(self, name)
@@ -354,7 +355,7 @@ def check_offsets(offsets: Tensor, N: int) -> None:
     if offsets.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if offsets[0] != 0 or offsets[-1] != N or bool((offsets.diff() < 0).any()):
-        raise ValueError(f"offsets: expected to rise from 0 to N={N}; got {offsets.tolist()[:8]}... to {int(offsets[-1])}")
+        raise ValueError(f"offsets: expected to rise from 0 to N={N}; got {offsets.tolist()[:8]} .. {int(offsets[-1])}")
 
 
 def check_field(batch: TokenBatch, name: str, x: Tensor) -> None:

@@ -6,9 +6,10 @@ that changes them every step recompiles nothing.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -50,7 +51,7 @@ class TIS:
 
 
 class Numbers(NamedTuple):
-    """An objective's numbers as 0-d tensors."""
+    """An objective's numbers as 0-d float64 tensors on the CPU (in `Objective.values`: of another dtype and device)."""
 
     clip_low: Tensor
     clip_high: Tensor
@@ -94,19 +95,17 @@ class Objective:
         if not isinstance(clip, (tuple, list)) or len(clip) != 2:
             raise TypeError(f"clip: expected a pair (low, high); got {clip!r}")
         if aggregate == "seq_mean_token_sum_norm" and length is None:
-            raise ValueError('length: aggregate="seq_mean_token_sum_norm" divides by it; give the maximum response length')
+            raise ValueError('length: needed with aggregate="seq_mean_token_sum_norm", the maximum response length')
         self.kl, self.correction = kl, correction
-        self.numbers = torch.tensor(
-            [
-                number("clip[0]", clip[0], 0.0),
-                number("clip[1]", clip[1], 0.0),
-                number("dual_clip", torch.inf if dual_clip is None else dual_clip, 1.0, exclusive=True),
-                torch.inf if correction is None else correction.cap,
-                0.0 if kl is None else kl.coef,
-                number("entropy", entropy, None),
-                number("length", 1.0 if length is None else length, 0.0, exclusive=True),
-            ],
-            dtype=torch.float64,
+        # 0-d tensors one by one: the length of a vector of them would be a size that torch.compile may mix up with N.
+        self.numbers = Numbers(
+            clip_low=scalar(number("clip[0]", clip[0], 0.0)),
+            clip_high=scalar(number("clip[1]", clip[1], 0.0)),
+            dual_clip=scalar(number("dual_clip", torch.inf if dual_clip is None else dual_clip, 1.0, exclusive=True)),
+            cap=scalar(torch.inf if correction is None else correction.cap),
+            kl=scalar(0.0 if kl is None else kl.coef),
+            entropy=scalar(number("entropy", entropy, None)),
+            length=scalar(number("length", 1.0 if length is None else length, 0.0, exclusive=True)),
         )
         self.has_dual_clip = dual_clip is not None
         self.has_correction = correction is not None
@@ -117,7 +116,8 @@ class Objective:
         self.custom_prepare: Prepare | None = None
         self.debug = False
         estimator = None if kl is None else kl.estimator
-        structure = (ratio, surrogate, aggregate, estimator, self.has_dual_clip, self.has_correction, self.needs_entropy)
+        flags = (self.has_dual_clip, self.has_correction, self.needs_entropy)
+        structure = (ratio, surrogate, aggregate, estimator, *flags)
         self.key = "|".join(map(str, structure))
         register(self)
 
@@ -154,10 +154,10 @@ class Objective:
 
     def values(self, like: Tensor) -> Numbers:
         """The numbers as 0-d tensors of a tensor's dtype and device."""
-        return Numbers(*self.numbers.to(device=like.device, dtype=like.dtype).unbind())
+        return Numbers(*(x.to(device=like.device, dtype=like.dtype) for x in self.numbers))
 
     def prepare(self, logp: Tensor, entropy: Tensor | None, batch: TokenBatch) -> TokenBatch:
-        """Freeze the statistics of a whole minibatch into its fields (batch scope); other scopes return it unchanged."""
+        """Freeze the statistics of a whole minibatch into its fields (batch scope); else return it."""
         if self.custom_prepare is None:
             return batch
         if batch.is_micro:
@@ -169,11 +169,12 @@ class Objective:
 
     def __repr__(self) -> str:
         if self.custom_loss is not None:
-            return f"Objective.custom({getattr(self.custom_loss, '__name__', self.custom_loss)!r}, scope={self.scope!r})"
-        low, high = self.numbers[:2].tolist()
+            name = getattr(self.custom_loss, "__name__", self.custom_loss)
+            return f"Objective.custom({name!r}, scope={self.scope!r})"
+        low, high, bonus = (float(x) for x in (self.numbers.clip_low, self.numbers.clip_high, self.numbers.entropy))
         return (
             f"Objective(ratio={self.ratio!r}, surrogate={self.surrogate!r}, clip=({low:g}, {high:g}), kl={self.kl!r}, "
-            f"correction={self.correction!r}, entropy={float(self.numbers[5]):g}, aggregate={self.aggregate!r})"
+            f"correction={self.correction!r}, entropy={bonus:g}, aggregate={self.aggregate!r})"
         )
 
 
@@ -190,13 +191,13 @@ def register(objective: Objective) -> None:
         _registry.popitem(last=False)
 
 
-def lookup(key: str, numbers: Tensor) -> Objective:
+def lookup(key: str, numbers: Sequence[Tensor]) -> Objective:
     """The objective registered under a key, with the given numbers."""
     if key not in _registry:
-        raise RuntimeError(f"objective {key!r} was dropped from the registry; create custom objectives once, not per step")
+        raise RuntimeError(f"objective {key!r} left the registry; create a custom objective once, not once per step")
     found = object.__new__(Objective)
     found.__dict__.update(_registry[key].__dict__)
-    found.numbers = numbers
+    found.numbers = Numbers(*numbers)
     return found
 
 
@@ -204,6 +205,10 @@ def one_of(name: str, given: str, allowed: tuple[str, ...]) -> str:
     if given not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {given!r}")
     return given
+
+
+def scalar(x: float) -> Tensor:
+    return torch.tensor(x, dtype=torch.float64)
 
 
 def number(name: str, given: float, lowest: float | None, exclusive: bool = False) -> float:
@@ -234,11 +239,8 @@ def captured(fn: Any) -> Iterator[Any]:
         yield from (*fn.args, *fn.keywords.values())
     function = getattr(fn, "__func__", fn)
     if isinstance(function, FunctionType):
-        for cell in function.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:  # a cell that is not filled yet
-                continue
+        closed = inspect.getclosurevars(function).nonlocals
+        yield from closed.values()
         yield from (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
     owner = getattr(fn, "__self__", fn if not isinstance(fn, FunctionType) else None)
     yield from getattr(owner, "__dict__", {}).values()
@@ -258,8 +260,8 @@ def probe_metrics(fn: CustomLoss) -> tuple[str, ...]:
         raise TypeError(f"custom objective: expected (loss per token, dict of metrics); got {type(result).__name__}")
     loss, metrics = result
     if not isinstance(loss, Tensor) or loss.shape != (4,):
-        raise ValueError(f"custom objective: expected a loss per token, shape (4,) on a probe of 4 tokens; got {loss!r}")
+        raise ValueError(f"custom objective: expected a loss of shape (4,) on a probe of 4 tokens; got {loss!r}")
     for name, value in metrics.items():
         if not isinstance(value, Tensor) or value.shape != (4,):
-            raise ValueError(f"custom objective: metric {name!r} must have one value per token; got {value!r} on 4 tokens")
+            raise ValueError(f"custom objective: metric {name!r} needs a value per token; got {value!r} on 4 tokens")
     return tuple(metrics)

@@ -1,6 +1,7 @@
 """The clipped-surrogate family: one objective, evaluated in one order, on a whole minibatch or on a chunk of it.
 
-    log-ratio -> level -> ratio -> surrogate -> off-policy correction -> weights and masks -> KL -> entropy -> aggregation
+    log-ratio -> level -> ratio -> surrogate -> off-policy correction -> weights and masks -> KL -> entropy
+    -> aggregation
 
     loss = sum_i c_i [ w_i rho_i surrogate_i + beta KL_i - alpha H_i ],   c_i from the aggregation and the totals
 
@@ -10,7 +11,7 @@ Every term is a sum over rows with the minibatch's denominators in c_i, so the l
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -165,8 +166,8 @@ def importance_ratio(
     token: r_t; sequence, segment: the geometric mean exp(mean log r) over the unit's unmasked tokens (GSPO);
     none: pi/sg(pi), which is 1 and has the gradient of log pi.
     """
-    on_policy = rows.old_logp is None or objective.ratio == "none"
-    log_ratio = logp - (logp.detach() if on_policy else rows.old_logp)
+    old_logp = logp.detach() if rows.old_logp is None or objective.ratio == "none" else rows.old_logp
+    log_ratio = logp - old_logp
     if level is not None:
         log_ratio = unit_mean(log_ratio, level[start:stop], rows.mask)
     log_ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
@@ -182,7 +183,9 @@ def unit_mean(x: Tensor, unit: Tensor, mask: Tensor | None) -> Tensor:
     return (total / count.clamp(min=1))[unit]
 
 
-def surrogate(logp: Tensor, ratio: Tensor, advantage: Tensor, low: Tensor, high: Tensor, objective: Objective) -> Tensor:
+def surrogate(
+    logp: Tensor, ratio: Tensor, advantage: Tensor, low: Tensor, high: Tensor, objective: Objective
+) -> Tensor:
     """The policy term per row, [n], to be minimised.
 
     ppo: max(-r A, -clip(r, 1-low, 1+high) A), and for A < 0 at most -c A with dual clip c (1912.09729);
@@ -294,7 +297,7 @@ def custom_chunk(
     assert objective.custom_loss is not None
     loss, named = objective.custom_loss(logp, entropy, rows)
     if loss.shape != logp.shape:
-        raise ValueError(f"custom objective: expected a loss per token of shape {tuple(logp.shape)}; got {tuple(loss.shape)}")
+        raise ValueError(f"custom objective: expected a loss of shape {tuple(logp.shape)}; got {tuple(loss.shape)}")
     total = (coefficient * torch.where(keep, loss, 0)).sum()
     metrics = {"tokens": keep.sum().to(logp.dtype), "loss": total.detach()}
     for name, value in named.items():
@@ -306,8 +309,8 @@ def metric_names(batch: TokenBatch, objective: Objective, entropy: bool) -> tupl
     """The names of the metrics that `chunk_loss` returns, in its order, known without running it."""
     if objective.custom_loss is not None:
         return ("tokens", "loss", *objective.custom_metrics)
-    names = ["tokens", "ratio_mean", "ratio_min", "ratio_max", "clip_low_fraction", "clip_high_fraction", "clip_fraction",
-             "old_kl_k1", "old_kl_k3", "zero_advantage_fraction", "advantage_mean"]  # fmt: skip
+    names = ["tokens", "ratio_mean", "ratio_min", "ratio_max", "clip_low_fraction", "clip_high_fraction",
+             "clip_fraction", "old_kl_k1", "old_kl_k3", "zero_advantage_fraction", "advantage_mean"]  # fmt: skip
     names += ["dual_clip_fraction"] * objective.has_dual_clip
     names += ["policy_loss"] + ["kl_loss"] * (objective.kl is not None) + ["entropy_loss"] * objective.needs_entropy
     names += ["logp_mean"] + ["entropy"] * entropy
@@ -321,7 +324,7 @@ def metric_names(batch: TokenBatch, objective: Objective, entropy: bool) -> tupl
 
 def without_masked_values(batch: TokenBatch, dtype: torch.dtype) -> TokenBatch:
     """Constants in the loss's dtype, detached, and 0 wherever the mask is 0: masked NaN never meets arithmetic."""
-    clean = {}
+    clean: dict[str, Any] = {}
     for name in ("advantage", "old_logp", "ref_logp", "rollout_logp", "weight", "clip_low", "clip_high", "value",
                  "old_value", "returns"):  # fmt: skip
         x = getattr(batch, name)
