@@ -150,7 +150,9 @@ class TokenBatch:
         units = list(range(self.S + 1)) if by == "sequence" else group_borders(self)
         cuts = [0]
         for unit, following in zip(units[:-1], units[1:], strict=True):
-            if starts[following] - starts[cuts[-1]] > max_tokens and starts[unit] > starts[cuts[-1]]:
+            full = starts[following] - starts[cuts[-1]] > max_tokens
+            # Empty sequences stay with a neighbour: no micro-batch is without rows.
+            if full and starts[following] > starts[unit] > starts[cuts[-1]]:
                 cuts.append(unit)
         cuts.append(self.S)
         return [self._part(a, b, starts) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if b > a]

@@ -277,7 +277,7 @@ def anchor_metrics(
         weight = keep * (ratio.minimum(objective.values(logp).cap) if objective.has_correction else ratio)
         metrics |= {
             "rollout_kl_k1": -(per_token * difference).sum(),
-            "rollout_kl_k3": (per_token * (torch.expm1(difference) - difference)).sum(),
+            "rollout_kl_k3": (per_token * kl_divergence(rows.rollout_logp, old_logp, "k3")).sum(),
             "rollout_logp_difference_max": difference.abs().amax() if keep.numel() else logp.new_zeros(()),
             "weight_sum": weight.sum(),
             "weight_sq_sum": (weight * weight).sum(),
@@ -351,11 +351,11 @@ def check_two_chunks(
             for a, b in ((0, middle), (middle, prepared.batch.N))
             if b > a
         ]
-        difference = abs(float(torch.stack(parts).sum() - loss))
-    if difference > 1e-4 * max(1.0, abs(float(loss))):
+    one, two = loss.item(), torch.stack(parts).sum().item()
+    if abs(one - two) > 1e-4 * max(1.0, abs(one)):
         raise ValueError(
-            f"custom objective: its loss depends on where a batch is cut (one chunk {float(loss):.6g}, two chunks "
-            f'{float(torch.stack(parts).sum()):.6g}); declare scope="sequence", "group" or "batch"'
+            f"custom objective: its loss depends on where a batch is cut (one chunk {one:.6g}, two chunks {two:.6g}); "
+            'declare scope="sequence", "group" or "batch"'
         )
 
 

@@ -1,0 +1,357 @@
+"""Every surrogate x ratio x aggregation against the oracle, and the invariances of the layout."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rlcore as rl
+from accuracy import assert_accurate
+from oracles import policy_loss as oracle
+from rlcore.algorithms.policy_loss import chunk_loss, metric_names, prepare_chunks
+
+RATIOS = ("none", "token", "segment", "sequence")
+SURROGATES = ("ppo", "cispo", "reinforce")
+AGGREGATES = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm")
+CUBE = list(itertools.product(RATIOS, SURROGATES, AGGREGATES))
+FIELDS = ("logp", "old_logp", "ref_logp", "rollout_logp", "entropy", "advantage", "weight", "clip_low", "clip_high")
+LENGTHS = (4, 1, 0, 7, 3, 2)
+
+
+def make_case(lengths=LENGTHS, seed=0, **options) -> oracle.Case:
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float) -> float:
+        return float(low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64))
+
+    def token(position: int) -> dict[str, float]:
+        logp = uniform(-4, -0.1)
+        return {
+            "logp": logp, "old_logp": logp + uniform(-0.6, 0.6), "ref_logp": logp + uniform(-1, 1),
+            "rollout_logp": logp + uniform(-0.9, 0.9), "entropy": uniform(0, 3), "advantage": uniform(-2, 2),
+            "weight": uniform(0.2, 2), "clip_low": uniform(0.1, 0.3), "clip_high": uniform(0.1, 0.4),
+            "mask": uniform(0, 1) > 0.25, "kl_mask": uniform(0, 1) > 0.3, "segment": position // 2,
+        }  # fmt: skip
+
+    return oracle.Case([[token(i) for i in range(n)] for n in lengths], **options)
+
+
+def make_batch(case: oracle.Case, dtype=torch.float64, per_token_bounds=True, **options):
+    tokens = [t for s in case.sequences for t in s]
+    columns = {name: torch.tensor([t[name] for t in tokens], dtype=dtype) for name in FIELDS}
+    logp, entropy = columns.pop("logp"), columns.pop("entropy")
+    if not per_token_bounds:
+        for name in ("clip_low", "clip_high"):
+            columns.pop(name)
+    lengths = torch.tensor([0] + [len(s) for s in case.sequences])
+    ids = {name: torch.tensor([t[name] for t in tokens]) for name in ("mask", "kl_mask", "segment")}
+    batch = rl.TokenBatch(torch.zeros(len(tokens), dtype=torch.int64), lengths.cumsum(0), **columns, **ids, **options)
+    return logp.requires_grad_(), entropy.requires_grad_(), batch
+
+
+def make_objective(case: oracle.Case) -> rl.Objective:
+    return rl.Objective(
+        ratio=case.ratio, surrogate=case.surrogate, clip=case.clip, dual_clip=case.dual_clip,
+        correction=None if case.cap is None else rl.TIS(case.cap), kl=None if case.kl is None else rl.KL(*case.kl),
+        entropy=case.entropy, aggregate=case.aggregate, length=case.length,
+    )  # fmt: skip
+
+
+def rich(ratio, surrogate, aggregate, **more) -> oracle.Case:
+    options = {"dual_clip": 1.5, "cap": 1.2, "kl": ("k3", 0.3), "entropy": 0.05, "length": 9.0} | more
+    return make_case(ratio=ratio, surrogate=surrogate, aggregate=aggregate, **options)
+
+
+@pytest.mark.parametrize(("ratio", "surrogate", "aggregate"), CUBE)
+def test_loss_and_gradients_match_the_oracle(ratio, surrogate, aggregate):
+    case = rich(ratio, surrogate, aggregate)
+    logp, entropy, batch = make_batch(case)
+    loss, _ = rl.policy_loss(logp, batch, make_objective(case), entropy=entropy)
+    assert loss.item() == pytest.approx(oracle.loss(case), rel=1e-12)
+    loss.backward()
+    assert entropy.grad is not None
+    expected = torch.tensor(oracle.gradient(case, "entropy"), dtype=torch.float64)
+    torch.testing.assert_close(entropy.grad, expected, atol=1e-8, rtol=1e-6)
+    if surrogate != "cispo" and not (ratio == "none" and surrogate == "ppo"):  # no stop-gradient in the formula
+        expected = torch.tensor(oracle.gradient(case, "logp"), dtype=torch.float64)
+        torch.testing.assert_close(logp.grad, expected, atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("surrogate", ["cispo", "ppo"])
+def test_gradients_through_stop_gradients(surrogate):
+    """CISPO: -sg(clip(r)) A grad log pi; PPO without a ratio: -A grad log pi, each over the token count."""
+    case = make_case(ratio="token" if surrogate == "cispo" else "none", surrogate=surrogate)
+    logp, _, batch = make_batch(case, per_token_bounds=False)
+    batch = replace(batch, weight=None)
+    rl.policy_loss(logp, batch, make_objective(case))[0].backward()
+    tokens = [t for s in case.sequences for t in s]
+    live = sum(t["mask"] for t in tokens)
+    for got, t in zip(logp.grad.tolist(), tokens, strict=True):
+        ratio = oracle.token_ratio(case, t, [t])
+        factor = min(max(ratio, 0.8), 1.2) if surrogate == "cispo" else 1.0
+        assert got == pytest.approx(-factor * t["advantage"] / live if t["mask"] else 0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_estimators(estimator):
+    case = make_case(kl=(estimator, 0.7))
+    logp, _, batch = make_batch(case)
+    loss, metrics = rl.policy_loss(logp, batch, make_objective(case))
+    assert loss.item() == pytest.approx(oracle.loss(case), rel=1e-12)
+    loss.backward()
+    expected = torch.tensor(oracle.gradient(case, "logp"), dtype=torch.float64)
+    torch.testing.assert_close(logp.grad, expected, atol=1e-8, rtol=1e-6)
+    assert float(metrics["loss"]) == float(metrics["policy_loss"] + metrics["kl_loss"])
+
+
+def test_k3_of_close_policies_keeps_its_digits():
+    """exp(-x) - 1 + x at x = 1e-4 in float32 is 5e-9; computed without expm1 it is 0 or 1.2e-7."""
+    x = torch.full((8,), 1e-4, dtype=torch.float64)
+    batch = rl.TokenBatch(torch.zeros(8, dtype=torch.int64), torch.tensor([0, 8]), advantage=torch.zeros(8),
+                          ref_logp=torch.zeros(8))  # fmt: skip
+    _, metrics = rl.policy_loss(x.float(), batch, rl.Objective(kl=rl.KL("k3", 1.0)))
+    assert float(metrics["ref_kl_k3"]) == pytest.approx(5e-9, rel=0.02)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_metrics_match_the_oracle(ratio):
+    case = make_case(ratio=ratio)
+    logp, entropy, batch = make_batch(case)
+    _, metrics = rl.policy_loss(logp, batch, make_objective(case), entropy=entropy)
+    expected = oracle.expected_metrics(case)
+    assert {name: float(metrics[name]) for name in expected} == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("ratio", "surrogate", "aggregate"), CUBE)
+def test_float32_error_rule(ratio, surrogate, aggregate):
+    case = rich(ratio, surrogate, aggregate, lengths=(31, 5, 47, 1), seed=1)
+    exact, exact_entropy, batch64 = make_batch(case)
+    loss64, _ = rl.policy_loss(exact, batch64, make_objective(case), entropy=exact_entropy)
+    loss64.backward()
+    logp, entropy, batch = make_batch(case, torch.float32)
+    loss, _ = rl.policy_loss(logp, batch, make_objective(case), entropy=entropy)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    scale = float(exact.detach().abs().max())  # the inputs are rounded too: the error rule's floor at their size
+    assert loss.item() == pytest.approx(loss64.item(), abs=1e-6 * scale)
+    assert_accurate(entropy.grad, exact_entropy.grad, gradient=True, name="d entropy")
+    torch.testing.assert_close(logp.grad.double(), exact.grad, atol=3e-6 * float(exact.grad.abs().max()), rtol=2e-5)
+
+
+@pytest.mark.parametrize(("ratio", "surrogate", "aggregate"), CUBE)
+def test_masked_values_change_nothing(ratio, surrogate, aggregate):
+    case = rich(ratio, surrogate, aggregate)
+    objective = make_objective(case)
+    logp, entropy, batch = make_batch(case)
+    loss, metrics = rl.policy_loss(logp, batch, objective, entropy=entropy)
+    grads = torch.autograd.grad(loss, (logp, entropy))
+    for garbage in (torch.nan, torch.inf, -torch.inf):
+        hole = ~batch.mask
+        names = [name for name in FIELDS if name not in ("logp", "entropy")]
+        dirty = {name: torch.where(hole, garbage, getattr(batch, name)) for name in names}
+        dirty_batch = replace(batch, target=torch.where(hole, -100, batch.target), **dirty)
+        x = torch.where(hole, garbage, logp.detach()).requires_grad_()
+        h = torch.where(hole, garbage, entropy.detach()).requires_grad_()
+        dirty_loss, dirty_metrics = rl.policy_loss(x, dirty_batch, objective, entropy=h)
+        assert torch.equal(dirty_loss, loss)
+        assert dirty_metrics.keys() == metrics.keys()
+        assert all(torch.equal(dirty_metrics[name], metrics[name]) for name in metrics)
+        for a, b in zip(torch.autograd.grad(dirty_loss, (x, h)), grads, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("ratio", "surrogate", "aggregate"), CUBE)
+def test_micro_batches_sum_to_the_minibatch(ratio, surrogate, aggregate):
+    case = rich(ratio, surrogate, aggregate)
+    objective = make_objective(case)
+    logp, entropy, batch = make_batch(case)
+    loss, metrics = rl.policy_loss(logp, batch, objective, entropy=entropy)
+    grad = torch.autograd.grad(loss, logp)[0]
+    for size in (1, 5, 8, 100):
+        parts = batch.split(size)
+        assert sum(p.N for p in parts) == batch.N
+        results = [rl.policy_loss(logp[p.rows], p, objective, entropy=entropy[p.rows]) for p in parts]
+        total = torch.stack([r[0] for r in results]).sum()
+        torch.testing.assert_close(total, loss, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(torch.autograd.grad(total, logp)[0], grad, rtol=1e-12, atol=1e-14)
+        merged = rl.merge_metrics([r[1] for r in results])
+        assert merged.keys() == metrics.keys()
+        for name in metrics:
+            torch.testing.assert_close(merged[name], metrics[name], rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize(("ratio", "surrogate", "aggregate"), CUBE)
+def test_packed_equals_padded(ratio, surrogate, aggregate):
+    """The same sequences in a padded rectangle, garbage in the padding: same loss, metrics and gradients."""
+    case = rich(ratio, surrogate, aggregate)
+    objective = make_objective(case)
+    logp, entropy, batch = make_batch(case)
+    loss, metrics = rl.policy_loss(logp, batch, objective, entropy=entropy)
+    grad = torch.autograd.grad(loss, logp)[0]
+    width = max(LENGTHS) + 2
+    place = torch.tensor([s * width + i for s, n in enumerate(LENGTHS) for i in range(n)])
+
+    def pad(x: torch.Tensor, fill: float) -> torch.Tensor:
+        return torch.full((len(LENGTHS) * width,), fill, dtype=x.dtype).index_copy(0, place, x).reshape(-1, width)
+
+    fields = {name: pad(getattr(batch, name), torch.nan) for name in FIELDS if name not in ("logp", "entropy")}
+    fields |= {name: pad(getattr(batch, name), False) for name in ("mask", "kl_mask")}
+    padded = rl.TokenBatch(pad(batch.target, -100), segment=pad(batch.segment, 0), **fields)
+    x = pad(logp.detach(), torch.nan).requires_grad_()
+    padded_loss, padded_metrics = rl.policy_loss(x, padded, objective, entropy=pad(entropy.detach(), torch.nan))
+    torch.testing.assert_close(padded_loss, loss, rtol=1e-12, atol=1e-13)
+    padded_grad = torch.autograd.grad(padded_loss, x)[0]
+    assert padded_grad.shape == x.shape
+    torch.testing.assert_close(padded_grad.reshape(-1)[place], grad, rtol=1e-12, atol=1e-14)
+    assert torch.count_nonzero(padded_grad) == torch.count_nonzero(grad)
+    for name in metrics:
+        torch.testing.assert_close(padded_metrics[name], metrics[name], rtol=1e-10, atol=1e-12, msg=name)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    cell=st.sampled_from(CUBE),
+    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(lambda x: sum(x) not in (0, len(x))),
+    seed=st.integers(0, 2**16),
+    size=st.integers(1, 12),
+    data=st.data(),
+)
+def test_order_and_split_do_not_matter(cell, lengths, seed, size, data):
+    ratio, surrogate, aggregate = cell
+    options = {"dual_clip": 2.0, "cap": 1.5, "kl": ("k2", 0.1), "entropy": 0.01, "length": 5.0}
+    case = make_case(lengths, seed, ratio=ratio, surrogate=surrogate, aggregate=aggregate, **options)
+    objective = make_objective(case)
+    logp, entropy, batch = make_batch(case)
+    loss, _ = rl.policy_loss(logp, batch, objective, entropy=entropy)
+    assert loss.item() == pytest.approx(oracle.loss(case), rel=1e-9, abs=1e-12)
+    shuffled = replace(case, sequences=data.draw(st.permutations(case.sequences)))
+    logp, entropy, batch = make_batch(shuffled)
+    parts = [rl.policy_loss(logp[p.rows], p, objective, entropy=entropy[p.rows])[0] for p in batch.split(size)]
+    assert torch.stack(parts).sum().item() == pytest.approx(loss.item(), rel=1e-9, abs=1e-12)
+
+
+def test_chunks_anywhere_for_token_scope():
+    case = rich("token", "ppo", "seq_mean_token_mean")
+    objective = make_objective(case)
+    logp, entropy, batch = make_batch(case)
+    loss, metrics = rl.policy_loss(logp, batch, objective, entropy=entropy)
+    prepared = prepare_chunks(batch, objective, torch.float64)
+    assert prepared.borders("token") is None
+    for size in (1, 3, 16):
+        cuts = [*range(0, batch.N, size), batch.N]
+        parts = [chunk_loss(logp[a:b], entropy[a:b], prepared, a, b, objective) for a, b in itertools.pairwise(cuts)]
+        torch.testing.assert_close(torch.stack([p[0] for p in parts]).sum(), loss)
+        merged = rl.merge_metrics([p[1] for p in parts])
+        for name in metrics:
+            torch.testing.assert_close(merged[name], metrics[name], msg=name)
+
+
+@pytest.mark.parametrize(("ratio", "surrogate", "aggregate"), CUBE)
+def test_gradcheck_and_metric_names(ratio, surrogate, aggregate):
+    case = rich(ratio, surrogate, aggregate, lengths=(3, 2))
+    objective = make_objective(case)
+    logp, entropy, batch = make_batch(case)
+    _, metrics = rl.policy_loss(logp, batch, objective, entropy=entropy)
+    assert metric_names(batch, objective, True) == tuple(metrics)
+    if surrogate == "cispo" or ratio == "none":
+        return  # their value and their gradient differ by design
+    assert torch.autograd.gradcheck(lambda x, h: rl.policy_loss(x, batch, objective, entropy=h)[0], (logp, entropy))
+
+
+def test_all_masked_batch_is_zero():
+    case = make_case(kl=("k3", 0.1), entropy=0.1)
+    logp, entropy, batch = make_batch(case)
+    batch = replace(batch, mask=torch.zeros_like(batch.mask), totals=None)
+    for aggregate in AGGREGATES:
+        case.aggregate = aggregate
+        loss, metrics = rl.policy_loss(logp, batch, make_objective(case), entropy=entropy)
+        grad = torch.autograd.grad(loss, logp)[0]
+        assert loss.item() == 0 and not grad.any()
+        assert metrics["tokens"] == 0
+
+
+def test_empty_sequences_count_unless_told_otherwise():
+    case = make_case(aggregate="seq_mean_token_sum")
+    logp, _, batch = make_batch(case)
+    loss, _ = rl.policy_loss(logp, batch, make_objective(case))
+    verl_rule = replace(batch, totals=None, count_empty=False)
+    filled = sum(any(t["mask"] for t in s) for s in case.sequences)
+    assert filled < len(LENGTHS)
+    other, _ = rl.policy_loss(logp, verl_rule, make_objective(case))
+    torch.testing.assert_close(other * filled, loss * len(LENGTHS))
+
+
+def test_zero_weight_changes_no_denominator():
+    case = make_case()
+    logp, _, batch = make_batch(case)
+    doubled = replace(batch, weight=torch.zeros_like(batch.weight))
+    assert torch.equal(doubled.totals.tokens, batch.totals.tokens)
+    loss, _ = rl.policy_loss(logp, doubled, make_objective(case))
+    assert loss.item() == 0
+
+
+def test_far_off_policy_tokens_give_finite_gradients():
+    """exp overflows float32 at 89: without a bound on the log-ratio the clipped branch has gradient 0 * inf = NaN."""
+    logp = torch.tensor([-1.0, -300.0, -0.5], requires_grad=True)
+    batch = rl.TokenBatch(
+        torch.zeros(3, dtype=torch.int64), torch.tensor([0, 3]), advantage=torch.tensor([1.0, 1.0, -1.0]),
+        old_logp=torch.tensor([-200.0, -1.0, -150.0]), ref_logp=torch.tensor([-200.0, -1.0, -1.0]),
+        rollout_logp=torch.tensor([-1.0, -200.0, -1.0]),
+    )  # fmt: skip
+    loss, metrics = rl.policy_loss(logp, batch, rl.Objective(kl=rl.KL("k3", 0.1), correction=rl.TIS(2.0)))
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(logp.grad).all()
+    assert all(torch.isfinite(x) for x in metrics.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_statistics_are_float32_or_better(dtype):
+    case = make_case()
+    logp, _, batch = make_batch(case)
+    x = logp.detach().to(dtype).requires_grad_()
+    loss, metrics = rl.policy_loss(x, batch, make_objective(case))
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert loss.dtype == expected and {m.dtype for m in metrics.values()} == {expected}
+    loss.backward()
+    assert x.grad.dtype == dtype
+
+
+def test_compiles_whole_and_never_again():
+    """Twenty changes of length, clip bounds and coefficients: one graph for the first, dynamic sizes from the start."""
+    graphs = 0
+
+    def count(graph, inputs):
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    compiled = torch.compile(rl.policy_loss, fullgraph=True, backend=count, dynamic=True)
+    torch._dynamo.reset()
+    for i in range(20):
+        case = make_case((5 + i, 3, 2 + i), seed=i, ratio="sequence", kl=("k3", 0.1 + i), clip=(0.1 + i / 100, 0.3),
+                         dual_clip=2.0 + i)  # fmt: skip
+        logp, _, batch = make_batch(case, torch.float32)
+        loss, metrics = compiled(logp, batch, make_objective(case))
+        eager, eager_metrics = rl.policy_loss(logp, batch, make_objective(case))
+        torch.testing.assert_close(loss, eager)
+        assert metrics.keys() == eager_metrics.keys()
+    assert graphs == 1
+
+
+def test_aot_eager_gradients():
+    case = rich("sequence", "ppo", "seq_mean_token_mean")
+    logp, entropy, batch = make_batch(case)
+    objective = make_objective(case)
+    torch._dynamo.reset()
+    compiled = torch.compile(rl.policy_loss, fullgraph=True, backend="aot_eager")
+    loss, _ = compiled(logp, batch, objective, entropy)
+    eager, _ = rl.policy_loss(logp, batch, objective, entropy)
+    torch.testing.assert_close(loss, eager)
+    expected = torch.autograd.grad(eager, (logp, entropy))
+    for got, want in zip(torch.autograd.grad(loss, (logp, entropy)), expected, strict=True):
+        torch.testing.assert_close(got, want)
