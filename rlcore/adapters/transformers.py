@@ -1,0 +1,258 @@
+"""Hugging Face decoders on packed prefix trees, through the attention-interface registry: no model file is patched.
+
+`attach` switches a model to an attention implementation of its own name ("rlcore_sdpa" around "sdpa", and so on). It
+looks at one forward keyword argument: with a tree it runs `prefix_attention`, without one it calls the implementation
+that the model had, under the mask that the model had. The tree travels as an argument because gradient checkpointing
+recomputes layers long after the forward call has returned, and recomputes them with their arguments.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rlcore.ops.prefix_attention import prefix_attention
+from rlcore.prefix_tree import PrefixTree
+
+PREFIX = "rlcore_"
+TREE = "prefix_tree"
+# What decoders may hand their attention and what changes its result in ways that prefix_attention does not know.
+FOREIGN = ("position_bias", "head_mask", "block_mask", "cu_seq_lens_q", "cache")
+EXACT_LAYERS = {"full_attention", "sliding_attention", "attention"}
+
+_delegates: dict[tuple[type, str], Callable[..., Any]] = {}
+_witness: list[nn.Module] | None = None
+
+
+class AttachError(ValueError):
+    """The model can not run on prefix trees exactly; the message says why. The model is left as it was."""
+
+
+class Head(NamedTuple):
+    """z = logit_scale * (h W^T + b), under a softcap c: c tanh(z / c). weight [V, H], bias [V] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What the probe found out about a model. Trees deeper than `max_depth` would change its rotary frequencies."""
+
+    softcap: float | None
+    logit_scale: float
+    max_depth: int | None
+
+
+def attach(model: Any) -> Any:
+    """Makes a Hugging Face decoder take prefix trees, after a probe that it is exact; returns the model.
+
+    The probe runs a tiny forest in training mode against the model itself, one sequence at a time: logits and
+    parameter gradients, with every sliding window narrowed so that it matters. It leaves no gradient, no change of
+    mode, and no trace in the random state. Without a tree the model behaves as before. Attaching twice is harmless.
+    Raises AttachError with the reason where tree and model differ, or where the design excludes the model (active
+    dropout, ALiBi, bidirectional or chunked attention, recurrent layers, MoE auxiliary loss); TypeError for a model
+    that is no transformers model.
+    """
+    from rlcore.adapters import transformers_probe as probe
+
+    inner = unwrap(model)
+    if getattr(inner, "_rlcore", None) is not None and _is_attached(decoder(inner)):
+        return model
+    probe.refuse_by_design(inner)
+    restore = _switch(inner)
+    try:
+        inner._rlcore = probe.verify(model)
+    except BaseException as error:
+        restore()
+        if isinstance(error, (AttachError, KeyboardInterrupt)):
+            raise
+        raise AttachError(f"{type(inner).__name__}: the probe failed: {type(error).__name__}: {error}") from error
+    return model
+
+
+def trunk(model: Any, tree: PrefixTree) -> Tensor:
+    """Hidden states of the decoder at the rows that predict: [N, H], aligned with tree.target.
+
+    Every packed token passes through the model once; the last row of a prompt is gathered once per response.
+    Raises ValueError for a model that is not attached, a tree on another device, or one deeper than the model's
+    rotary embedding allows.
+    """
+    inner = unwrap(model)
+    state = _attachment(inner)
+    device = inner.get_input_embeddings().weight.device
+    if tree.device != device:
+        raise ValueError(f"tree: expected the model's device ({device}), got {tree.device}; use tree.to(device)")
+    if state.max_depth is not None and tree.depth > state.max_depth:
+        raise ValueError(
+            f"tree: expected paths of at most {state.max_depth} tokens, got {tree.depth}: beyond that this model's "
+            "rotary frequencies depend on the longest path in the tree"
+        )
+    return tree_hidden(inner, tree).index_select(0, tree.loss_rows)
+
+
+def head(model: Any) -> Head:
+    """The attached model's output head, with the scale and softcap that the probe measured; weight and bias are its parameters."""
+    inner = unwrap(model)
+    state = _attachment(inner)
+    output = inner.get_output_embeddings()
+    return Head(output.weight, getattr(output, "bias", None), state.softcap, state.logit_scale)
+
+
+def tree_hidden(inner: Any, tree: PrefixTree) -> Tensor:
+    """The decoder's last hidden states of all packed rows [M, H]."""
+    output = decoder(inner)(
+        input_ids=tree.input_ids[None],
+        position_ids=tree.position[None],
+        # A mask with four dimensions is passed on untouched: no mask of M x M is built, and the tree makes it unnecessary.
+        attention_mask=torch.zeros(1, 1, 1, 1, device=tree.device, dtype=inner.dtype),
+        use_cache=False,
+        **{TREE: tree},
+    )
+    return output.last_hidden_state[0]
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside torch.compile, data-parallel and PEFT wrappers."""
+    from transformers import PreTrainedModel
+
+    inner = model
+    while not isinstance(inner, PreTrainedModel):
+        if hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif isinstance(getattr(inner, "module", None), nn.Module):
+            inner = inner.module
+        else:
+            raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
+    return inner
+
+
+def decoder(inner: Any) -> Any:
+    """The text decoder below the head."""
+    found = inner.get_decoder()
+    return inner.base_model if found is inner else found
+
+
+def _attachment(inner: Any) -> Attachment:
+    state = getattr(inner, "_rlcore", None)
+    if state is None or not _is_attached(decoder(inner)):
+        raise ValueError("model: expected a model that went through rlcore.attach(model)")
+    return state
+
+
+def _is_attached(module: nn.Module) -> bool:
+    return all((config._attn_implementation or "").startswith(PREFIX) for config in configs(module))
+
+
+def configs(module: nn.Module) -> list[Any]:
+    """The distinct configurations that the submodules hold."""
+    from transformers import PreTrainedConfig
+
+    found = {id(c): c for m in module.modules() if isinstance(c := getattr(m, "config", None), PreTrainedConfig)}
+    return list(found.values())
+
+
+def _switch(inner: Any) -> Callable[[], None]:
+    """Points the decoder's configurations at our implementation; returns what undoes it."""
+    body = decoder(inner)
+    before = [(config, config._attn_implementation) for config in configs(body)]
+    for config, name in before:
+        if name is None or name.startswith(PREFIX):
+            continue
+        _register(name)
+        for module in body.modules():
+            if isinstance(getattr(module, "config", None), type(config)):
+                _delegate(type(module), name)
+        # Not `set_attn_implementation`: it reads meaning into the name and may replace it.
+        config._attn_implementation_internal = PREFIX + name
+
+    def restore() -> None:
+        for config, name in before:
+            config._attn_implementation_internal = name
+
+    return restore
+
+
+def _register(name: str) -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(PREFIX + name, _implementation(name))
+    masks = AttentionMaskInterface()
+    # An implementation without a mask function gets no mask from transformers, and neither does ours around it.
+    if name in masks:
+        AttentionMaskInterface.register(PREFIX + name, masks[name])
+
+
+def _delegate(kind: type, name: str) -> Callable[..., Any]:
+    """The attention function that modules of this class use under `name`: eager attention and overrides are per model file."""
+    from transformers import AttentionInterface
+
+    found = _delegates.get((kind, name))
+    if found is None:
+        scopes = [vars(sys.modules[base.__module__]) for base in kind.__mro__ if base.__module__ in sys.modules]
+        eager = next((s["eager_attention_forward"] for s in scopes if "eager_attention_forward" in s), None)
+        functions = next((s["ALL_ATTENTION_FUNCTIONS"] for s in scopes if "ALL_ATTENTION_FUNCTIONS" in s), None)
+        found = (functions or AttentionInterface()).get_interface(name, eager)
+        _delegates[kind, name] = found
+    return found
+
+
+def _implementation(name: str) -> Callable[..., Any]:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        tree = kwargs.pop(TREE, None)
+        if tree is None:
+            return _delegate(type(module), name)(module, query, key, value, attention_mask, *args, **kwargs)
+        return _tree_attention(module, query, key, value, tree, **kwargs), None
+
+    return attention
+
+
+def _tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree: PrefixTree,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """[1, H, M, D] -> [1, M, Hq, Dv], the conventions of transformers' attention functions."""
+    if _witness is not None:
+        _witness.append(module)
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise AttachError(f"{type(module).__name__} is bidirectional")
+    if dropout:
+        raise AttachError(f"{type(module).__name__} has active dropout ({dropout}); set it to 0")
+    foreign = [name for name in FOREIGN if kwargs.get(name) is not None]
+    if foreign:
+        raise AttachError(f"{type(module).__name__} uses {', '.join(foreign)}, which a prefix tree does not carry")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return prefix_attention(q, k, v, tree, scaling, sliding_window, softcap, s_aux)[None]
+
+
+@contextmanager
+def witnesses() -> Iterator[list[nn.Module]]:
+    """Collects the attention modules that were called with a tree inside the block."""
+    global _witness
+    previous, _witness = _witness, []
+    try:
+        yield _witness
+    finally:
+        _witness = previous

@@ -1,0 +1,307 @@
+"""The probe behind `attach`: is a decoder on a prefix tree, with its head, the same function as the decoder itself?"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlcore.adapters import transformers as adapter
+from rlcore.adapters.transformers import AttachError, Attachment, Head
+from rlcore.prefix_tree import PrefixTree
+
+WINDOW = 3
+WINDOW_NAMES = ("sliding_window", "sliding_window_size", "window_size", "attention_chunk_size")
+# Above this many parameters half-precision weights are probed as they are, and gradients on the smallest parameters.
+UPCAST_LIMIT = 1_000_000_000
+GRADIENT_LIMIT = 100_000_000
+
+
+def refuse_by_design(inner: Any) -> None:
+    """Raises AttachError for what a tiny probe could miss or could not name."""
+    name, body = type(inner).__name__, adapter.decoder(inner)
+    config = body.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise AttachError(f"{name}: encoder-decoder models have no single packed sequence")
+    if getattr(config, "is_causal", True) is False:
+        raise AttachError(f"{name}: the attention is bidirectional (config.is_causal is False)")
+    if getattr(config, "alibi", False) or any("alibi" in attribute for attribute in dir(type(body))):
+        raise AttachError(f"{name}: ALiBi adds a bias by packed distance, which is not depth in a tree")
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - adapter.EXACT_LAYERS)
+    if kinds:
+        raise AttachError(
+            f"{name}: layers of type {', '.join(kinds)} (recurrent, linear or chunked) can not follow a tree"
+        )
+    if getattr(config, "output_router_logits", False):
+        raise AttachError(
+            f"{name}: the MoE auxiliary loss would count a shared token once instead of once per path; "
+            "set config.output_router_logits to False"
+        )
+    output = inner.get_output_embeddings()
+    if not isinstance(getattr(output, "weight", None), Tensor) or output.weight.ndim != 2:
+        raise AttachError(f"{name}: no output head with a weight [vocabulary, hidden] found")
+
+
+def verify(model: Any) -> Attachment:
+    """Fits the head, then compares tree and single sequences. Raises AttachError where they differ."""
+    inner = adapter.unwrap(model)
+    name = type(inner).__name__
+    with _undisturbed(model) as exact:
+        softcap, logit_scale = _fit_head(model, inner, name, 1e-4 if exact else 1e-2)
+        reason = ""
+        # A second try, because a mixture-of-experts router may sit on a tie in the first.
+        for seed in (0, 1):
+            reason = _compare(model, inner, softcap, logit_scale, seed, exact)
+            if not reason:
+                return Attachment(softcap, logit_scale, max_depth(inner))
+    raise AttachError(f"{name}: {reason}")
+
+
+def max_depth(inner: Any) -> int | None:
+    """The depth up to which rotary frequencies do not depend on the longest path; None where they never do."""
+    limit: int | None = None
+    for module in adapter.decoder(inner).modules():
+        kind = getattr(module, "rope_type", None)
+        kinds = set(kind.values()) if isinstance(kind, dict) else {kind}
+        if kinds & {"dynamic", "longrope"}:
+            config = module.config
+            rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+            tables = [rope, *(t for t in rope.values() if isinstance(t, dict))]
+            origin = [
+                t["original_max_position_embeddings"] for t in tables if t.get("original_max_position_embeddings")
+            ]
+            found = min([*origin, config.max_position_embeddings])
+            limit = found if limit is None else min(limit, found)
+    return limit
+
+
+@contextmanager
+def _undisturbed(model: Any) -> Iterator[bool]:
+    """Everything the probe may touch is put back: modes, buffers, weights' dtype, windows, random state, precision.
+
+    Yields whether the numbers inside are at least float32.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    buffers = [(m, n, b, b.clone()) for m in model.modules() for n, b in m._buffers.items() if b is not None]
+    weights = [(p, p.data) for p in model.parameters()]
+    device = next(model.parameters()).device
+    precision = torch.get_float32_matmul_precision()
+    half = (torch.bfloat16, torch.float16)
+    upcast = sum(p.numel() for p, _ in weights) <= UPCAST_LIMIT
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(_narrow_windows(model))
+        try:
+            torch.set_float32_matmul_precision("highest")
+            if upcast:
+                for p, data in weights:
+                    if data.dtype in half:
+                        p.data = data.float()
+                for m, n, b, _ in buffers:
+                    if b.dtype in half:
+                        m._buffers[n] = b.float()
+            yield upcast or not any(data.dtype in half for _, data in weights)
+        finally:
+            torch.set_float32_matmul_precision(precision)
+            for p, data in weights:
+                p.data = data
+            with torch.no_grad():
+                for m, n, b, value in buffers:
+                    m._buffers[n] = b.copy_(value)
+            for m, mode in modes:
+                m.training = mode
+
+
+@contextmanager
+def _narrow_windows(model: Any) -> Iterator[None]:
+    """Sets windows and chunks, in configurations and modules alike, to a size that tiny sequences exceed."""
+    holders = [*adapter.configs(model), *model.modules()]
+    before = []
+    try:
+        for holder in holders:
+            for name in WINDOW_NAMES:
+                value = getattr(holder, name, None) if name in vars(holder) else None
+                if type(value) is int and value > WINDOW:
+                    before.append((holder, name, value))
+                    setattr(holder, name, WINDOW)
+        yield
+    finally:
+        for holder, name, value in before:
+            setattr(holder, name, value)
+
+
+def _set_training(model: Any, mode: bool) -> None:
+    for module in model.modules():
+        module.training = mode
+
+
+def _fit_head(model: Any, inner: Any, name: str, tolerance: float) -> tuple[float | None, float]:
+    """(softcap, logit_scale) measured on the model itself, by putting chosen hidden states in front of its head."""
+    output = inner.get_output_embeddings()
+    weight, bias = output.weight.detach(), getattr(output, "bias", None)
+    generator = torch.Generator().manual_seed(0)
+    unit = torch.randn(4, weight.shape[1], generator=generator).to(weight)
+    unit = unit / (unit @ weight.T).float().square().mean().sqrt().clamp_min(1e-30)
+
+    def raw(x: Tensor) -> Tensor:
+        z = x @ weight.T
+        return (z if bias is None else z + bias.detach()).double()
+
+    def logits(x: Tensor) -> Tensor:
+        def replace(module: nn.Module, args: Any, result: Any) -> Any:
+            result.last_hidden_state = x[None].to(result.last_hidden_state.dtype)
+            return result
+
+        handle = adapter.decoder(inner).register_forward_hook(replace)
+        try:
+            ids = torch.zeros(1, len(x), dtype=torch.long, device=weight.device)
+            with torch.no_grad():
+                return model(input_ids=ids, use_cache=False).logits[0].double()
+        finally:
+            handle.remove()
+
+    _set_training(model, False)
+    softcap = None
+    far, farther = (logits(unit * factor).abs().max().item() for factor in (1e4, 1e6))
+    if farther < 10 * far:
+        softcap = _snapped(farther, inner, tolerance)
+    size = 1.0
+    z = logits(unit)
+    while softcap is not None and z.abs().max() < softcap / 10 and size < 1e6:
+        size *= 4  # a small logit scale needs larger states before the cap shows
+        z = logits(unit * size)
+    base = raw(unit * size)
+    if softcap is not None:
+        near = z.abs() < 0.8 * softcap
+        base, z = base[near], softcap * torch.atanh(z[near] / softcap)
+    scale = _snapped(float((z * base).sum() / base.square().sum().clamp_min(1e-300)), inner, tolerance)
+    for factor in (0.0, size, 10 * size):
+        expected = scale * raw(unit * factor)
+        if softcap is not None:
+            expected = softcap * torch.tanh(expected / softcap)
+        error = (logits(unit * factor) - expected).abs().max().item()
+        if not error <= tolerance * max(expected.abs().max().item(), 1e-3):
+            raise AttachError(
+                f"{name}: the logits are not a scaled and softcapped linear function of the decoder's last hidden state "
+                f"(off by {error:.2e})"
+            )
+    return softcap, scale
+
+
+def _snapped(value: float, inner: Any, tolerance: float) -> float:
+    """A measured constant as the number it stands for, where 1 or a number of the configuration (or its reciprocal) is that close."""
+    numbers = [v for c in adapter.configs(inner) for v in vars(c).values() if isinstance(v, (int, float)) and v]
+    for candidate in (1.0, *numbers, *(1 / n for n in numbers)):
+        if abs(value - candidate) <= tolerance * abs(candidate):
+            return float(candidate)
+    return value
+
+
+def _compare(model: Any, inner: Any, softcap: float | None, logit_scale: float, seed: int, exact: bool) -> str:
+    """The reason why tree and single sequences differ, or an empty string."""
+    output = inner.get_output_embeddings()
+    device = output.weight.device
+    paths, marker = _paths(seed, inner.get_input_embeddings().weight.shape[0])
+    tree = PrefixTree.from_paths(paths, device)
+    linear = Head(output.weight, getattr(output, "bias", None), softcap, logit_scale)
+    weights = torch.randn(tree.N, generator=torch.Generator().manual_seed(seed)).to(device)
+    parameters = _gradient_parameters(model)
+
+    _set_training(model, False)
+    rows, gradients = [], [torch.zeros_like(p) for p in parameters]
+    for s, path in enumerate(paths):
+        own = slice(int(tree.offsets[s]), int(tree.offsets[s + 1]))
+        z = model(input_ids=torch.tensor([path], device=device), use_cache=False).logits[0, :-1]
+        rows.append(z.detach())
+        for total, g in zip(gradients, _gradient(z, tree.target[own], weights[own], parameters), strict=True):
+            total += g
+    reference = torch.cat(rows).double()
+
+    def on_tree() -> Tensor:
+        with adapter.witnesses() as seen:
+            hidden = adapter.tree_hidden(inner, tree).index_select(0, tree.loss_rows)
+        layers = getattr(adapter.decoder(inner).config, "num_hidden_layers", 1)
+        if len({id(module) for module in seen}) < layers:
+            raise AttachError(
+                f"{type(inner).__name__}: {len({id(module) for module in seen})} of {layers} layers attend through "
+                "transformers' attention interface with forward arguments; the others (recurrent, or with attention "
+                "written out in the model) can not follow a tree"
+            )
+        z = linear.logit_scale * torch.nn.functional.linear(hidden, linear.weight, linear.bias)
+        return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+    _set_training(model, True)
+    z = on_tree()
+    size, error = _rms(reference), _rms(z.detach().double() - reference)
+    # What the context contributes is what a wrong mask or position would get wrong; it may be a small part of the logits.
+    context = reference[[r for r in range(tree.N) if _input(tree, r) == marker]]
+    allowed = min(max(0.01 * _rms(context - context.mean(0)), 1e-5 * size), 1e-4 * size) if exact else 0.05 * size
+    if not error <= allowed:
+        _set_training(model, False)
+        quiet = _rms(on_tree().detach().double() - reference)
+        if quiet <= allowed:
+            return f"training mode changes the logits by {error / size:.1e}: active dropout{_dropouts(model)}"
+        return f"logits on a tree differ from those of single sequences by {error / size:.1e} of their size"
+    found = _gradient(z, tree.target, weights, parameters)
+    everything = sum(float(g.double().square().sum()) for g in gradients) ** 0.5
+    slack = 1.0 if exact else 50.0
+    for parameter, expected, got in zip(parameters, gradients, found, strict=True):
+        distance, own = float((got - expected).double().norm()), float(expected.double().norm())
+        if not distance <= slack * (1e-3 * own + 1e-5 * everything):
+            name = next(n for n, p in model.named_parameters() if p is parameter)
+            return (
+                f"the gradient of {name} on a tree differs from that of single sequences by {distance:.1e} of {own:.1e}"
+            )
+    return ""
+
+
+def _paths(seed: int, vocabulary: int) -> tuple[list[list[int]], int]:
+    """Two trees with branches inside branches, mixed lengths; the marker token stands before the end of each path."""
+    source = random.Random(seed)
+
+    def fresh(n: int) -> list[int]:
+        return [source.randrange(vocabulary) for _ in range(n)]
+
+    marker = source.randrange(vocabulary)
+    first, second, branch = fresh(5), fresh(3), fresh(2)
+    bodies = [first + branch, first + branch + fresh(3), first + fresh(1), first, second + fresh(1), second + fresh(5)]
+    return [body + [marker] + fresh(1) for body in bodies], marker
+
+
+def _input(tree: PrefixTree, row: int) -> int:
+    return int(tree.input_ids[tree.loss_rows[row]])
+
+
+def _gradient(z: Tensor, target: Tensor, weights: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    if not parameters:
+        return []
+    logp = torch.log_softmax(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
+    loss = (logp.gather(1, target[:, None])[:, 0] * weights.to(logp)).sum()
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+
+
+def _gradient_parameters(model: Any) -> list[nn.Parameter]:
+    """The trainable parameters, smallest first, as many as fit the limit: norms and biases of every layer come first."""
+    chosen, total = [], 0
+    for p in sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: p.numel()):
+        total += p.numel()
+        if total > GRADIENT_LIMIT:
+            break
+        chosen.append(p)
+    return chosen
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def _dropouts(model: Any) -> str:
+    active = [name for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    return f" ({', '.join(active[:3])}{', ...' if len(active) > 3 else ''}); set it to 0" if active else ""
