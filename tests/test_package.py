@@ -1,0 +1,155 @@
+"""What `import rlcore` costs and needs, and what the repository root holds."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HOUSE = {
+    "pyproject.toml", "Makefile", "constraints.txt", "csrc", "kernels", "rlcore", "tests", "bench", "docs",
+    "README.md", "LICENSE", "CHANGELOG.md",
+}  # fmt: skip
+
+
+def run(code: str, *, cwd: Path | None = None, pythonpath: str = "") -> str:
+    """The stdout of `python -c code`; the test fails with its stderr."""
+    env = {**os.environ, "PYTHONPATH": pythonpath, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_costs_less_than_100_ms_beyond_torch(tmp_path: Path) -> None:
+    code = "import time, torch; start = time.perf_counter(); import rlcore; print(time.perf_counter() - start)"
+    cost = min(float(run(code, cwd=tmp_path)) for _ in range(5))
+    assert cost < 0.100, f"import rlcore took {1e3 * cost:.0f} ms beyond import torch"
+
+
+def test_import_brings_in_torch_and_numpy_only(tmp_path: Path) -> None:
+    code = """
+import sys, torch, numpy
+before = set(sys.modules)
+import rlcore
+print(*sorted({name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)))
+print(*sorted({"transformers", "triton"} & set(sys.modules)))
+"""
+    extra, heavy = run(code, cwd=tmp_path).split("\n")[:2]
+    assert set(extra.split()) <= {"rlcore", "torch", "numpy"}
+    assert heavy == ""
+
+
+def test_core_runs_with_torch_and_numpy_alone(tmp_path: Path) -> None:
+    """Every module below the engine imports, and the public names work, where no other package can be imported."""
+    code = """
+import importlib, importlib.metadata, pkgutil, re, sys
+
+def normal(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+def requirements(name, seen):
+    name = normal(name)
+    if name not in seen:
+        seen.add(name)
+        try:
+            needed = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            needed = []
+        for line in needed:
+            if "extra ==" not in line:
+                requirements(re.match(r"[A-Za-z0-9_.-]+", line).group(), seen)
+    return seen
+
+def top_level(distributions):
+    files = importlib.metadata.packages_distributions()
+    return {module for module, owners in files.items() if {normal(owner) for owner in owners} & distributions}
+
+allowed = top_level(requirements("torch", set()) | {"numpy"}) | {"rlcore", "_editable_skbc_rlcore"}
+allowed |= set(sys.stdlib_module_names) | set(sys.modules)
+
+class OnlyTorchAndNumpy:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] not in allowed:
+            raise ModuleNotFoundError(f"No module named {name!r} (blocked)", name=name)
+
+sys.meta_path.insert(0, OnlyTorchAndNumpy())
+for name in ("transformers", "tyro", "rich", "safetensors", "reasoning_gym"):
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError:
+        continue
+    raise SystemExit(f"{name} was not blocked")
+
+import torch
+import rlcore as rl
+for module in pkgutil.walk_packages(rl.__path__, "rlcore."):
+    if module.name.split(".")[1] not in ("engine", "adapters", "cli", "kernels", "_native"):
+        importlib.import_module(module.name)
+for name in rl.__all__:
+    getattr(rl, name)
+
+logits = torch.randn(5, 11, requires_grad=True)
+target = torch.arange(5)
+logp = rl.logprob(logits, target).logp
+torch.testing.assert_close(logp, logits.log_softmax(-1)[torch.arange(5), target])
+advantage = rl.group_advantage(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]))
+batch = rl.TokenBatch(target, offsets=torch.tensor([0, 2, 5]), advantage=advantage)
+loss, metrics = rl.policy_loss(logp, batch, rl.Objective())
+loss.backward()
+assert torch.isfinite(logits.grad).all()
+print("ran")
+"""
+    assert run(code, cwd=tmp_path) == "ran\n"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+@pytest.mark.timeout(600)
+def test_transformers_finds_its_own_kernels_package_from_the_repository_root(tmp_path: Path) -> None:
+    """`kernels/` here is no regular package, so a `kernels` distribution further down sys.path wins over it."""
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None and spec.origin is not None
+    source = Path(spec.origin).parent.joinpath("utils", "import_utils.py").read_text()
+    found = re.search(r'KERNELS_MIN_VERSION = "([^"]+)"', source)
+    version = found.group(1) if found else "0.10.0"
+    stub = tmp_path / "kernels"
+    stub.mkdir()
+    stub.joinpath("__init__.py").write_text(
+        "class Anything:\n"
+        "    def __init__(self, *args, **kwargs): pass\n"
+        "    def __call__(self, decorated): return decorated\n"
+        "def __getattr__(name):\n"
+        "    if name.startswith('__'): raise AttributeError(name)\n"
+        "    return Anything\n"
+    )
+    info = tmp_path / f"kernels-{version}.dist-info"
+    info.mkdir()
+    info.joinpath("METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n")
+    info.joinpath("RECORD").write_text(f"kernels/__init__.py,,\n{info.name}/METADATA,,\n")
+    code = """
+import sys
+assert sys.path[0] == ""
+import kernels
+print(kernels.__file__)
+from transformers.utils.import_utils import is_kernels_available
+import transformers.models.qwen3.modeling_qwen3
+print(is_kernels_available())
+"""
+    path, available = run(code, cwd=ROOT, pythonpath=str(tmp_path)).split()
+    assert Path(path) == stub / "__init__.py"
+    assert available == str(found is not None)
+
+
+def test_root_holds_the_house_and_nothing_else() -> None:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("needs a git checkout")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    names = {line.split("/")[0] for line in listed.splitlines()}
+    assert {name for name in names if not name.startswith(".")} == HOUSE
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "a regular package `kernels` shadows Hugging Face's"
