@@ -1,0 +1,391 @@
+"""The vocabulary head in bounded chunks: GEMM -> row pass over the chunk's logits -> (in place) d logits -> two GEMMs.
+
+Raw logits are a = h W^T + b [n, V]; the logits are z = softcap * tanh(logit_scale * a / softcap) / temperature. With
+p = softmax(z), logp = z_y - lse(z) and entropy H = -sum_v p_v log p_v:
+
+    d logp / d z_v = 1[v = y] - p_v            d H / d z_v = -p_v (log p_v + H)
+
+Everything here works on flat rows, without autograd, in the statistics' dtype: float32, or float64 for float64 inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The fp32 logits of a chunk. Few and large: every further chunk reads and writes d weight once more and makes the
+# GEMMs thinner, so the bound is what a caller can spare: well under the 64 MiB that a CPU step may cost above its
+# inputs, outputs and gradients; on a GPU 2,048 rows of a vocabulary of 128K.
+CHUNK_BYTES = {"cpu": 40 * 2**20, "default": 2**30}
+# Row passes run over blocks of a chunk that stay in the L2 cache of a core between their sweeps. A GPU takes the whole
+# chunk at once: there a launch costs more than a sweep.
+BLOCK_BYTES = {"cpu": 2**20, "default": 2**30}
+# Low-precision weights are upcast by slices of the vocabulary, so that no fp32 copy of the weight exists.
+WEIGHT_TILE_BYTES = 16 * 2**20
+# exp(-1e4) is exactly 0 in float32 and float64. Log-probabilities below it (-inf from a bias that forbids a token) are
+# lifted to it, so that 0 * log 0 is 0 and not NaN.
+LOG_ZERO = -1e4
+
+Rows = slice | Tensor  # a range of rows, or the int64 indices of the rows that are left after dropping
+
+
+class Scale(NamedTuple):
+    """The numbers of z = softcap * tanh(logit_scale * a / softcap) / temperature, in the statistics' dtype."""
+
+    temperature: Tensor  # 0-d, or one per row [n]
+    softcap: Tensor | None  # 0-d
+    logit_scale: Tensor  # 0-d
+
+    def of(self, rows: Rows) -> Scale:
+        return self if self.temperature.dim() == 0 else self._replace(temperature=self.temperature[rows])
+
+    def column(self) -> Tensor:
+        return self.temperature if self.temperature.dim() == 0 else self.temperature[:, None]
+
+
+class RowStatistics(NamedTuple):
+    """Per row [n]: the maximum of the logits, log sum exp(z - maximum), the target's log-prob, the entropy.
+
+    The log-sum-exp is kept as two terms: (z - maximum) - log_sum is exact where p -> 1, z - lse loses eps * |lse|.
+    """
+
+    maximum: Tensor
+    log_sum: Tensor
+    logp: Tensor
+    entropy: Tensor  # zeros unless asked for
+
+    @property
+    def lse(self) -> Tensor:
+        return self.maximum + self.log_sum
+
+    def of(self, rows: Rows) -> RowStatistics:
+        return RowStatistics(*(x[rows] for x in self))
+
+
+class Coefficients(NamedTuple):
+    """Per row [n]: d loss / d logp and d loss / d entropy (None: no entropy gradient)."""
+
+    logp: Tensor
+    entropy: Tensor | None
+
+    def of(self, rows: Rows) -> Coefficients:
+        return Coefficients(self.logp[rows], None if self.entropy is None else self.entropy[rows])
+
+    def nonzero(self) -> Tensor:
+        return self.logp != 0 if self.entropy is None else (self.logp != 0) | (self.entropy != 0)
+
+
+# ------------------------------------------------------------------------------------------------ rows and chunks
+
+
+def compacts(device: torch.device) -> bool:
+    """Whether dropped rows leave the GEMM. Only on CPU: elsewhere their count is not known without a device sync."""
+    return device.type == "cpu"
+
+
+def chunk_rows(V: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many rows of logits a chunk may hold."""
+    return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["default"]) // (max(V, 1) * dtype.itemsize))
+
+
+def blocks(n: int, V: int, dtype: torch.dtype, device: torch.device) -> Iterator[slice]:
+    """Cut n rows into blocks that stay in cache."""
+    step = max(1, BLOCK_BYTES.get(device.type, BLOCK_BYTES["default"]) // (max(V, 1) * dtype.itemsize))
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
+
+
+def even_chunks(rows: Rows, bound: int) -> Iterator[Rows]:
+    """Cut rows into as few chunks as the bound allows, of even size."""
+    n = count(rows)
+    parts = -(-n // bound)
+    for i in range(parts):
+        start, stop = n * i // parts, n * (i + 1) // parts
+        yield slice(rows.start + start, rows.start + stop) if isinstance(rows, slice) else rows[start:stop]
+
+
+def count(rows: Rows) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else rows.shape[0]
+
+
+def kept_rows(keep: Tensor | None, N: int) -> Rows:
+    """The rows where `keep` holds: indices on CPU, every row elsewhere (there the dropped ones are zeroed)."""
+    if keep is None or not compacts(keep.device):
+        return slice(0, N)
+    rows = keep.nonzero().squeeze(1)
+    return slice(0, N) if rows.shape[0] == N else rows
+
+
+def neutral(mask: Tensor | None, target: Tensor, scale: Scale) -> tuple[Tensor, Scale]:
+    """Where masked rows stay in the GEMM (GPU), give them a valid label and temperature."""
+    if mask is None or compacts(mask.device):
+        return target, scale
+    if scale.temperature.dim():
+        scale = scale._replace(temperature=torch.where(mask, scale.temperature, 1.0))
+    return torch.where(mask, target, 0), scale
+
+
+def take_hidden(hidden: Tensor, rows: Rows, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The rows of `hidden` in the GEMM's dtype; masked rows that stay (GPU) become zero, whatever they hold."""
+    h = hidden[rows]
+    if mask is not None and not compacts(mask.device):
+        h = torch.where(mask[rows, None], h, 0)
+    return h.to(dtype)
+
+
+def check_target(target: Tensor, V: int, rows: Rows) -> None:
+    """On CPU an out-of-range label raises; elsewhere its log-prob is NaN (reading it would wait for the device)."""
+    labels = target[rows]
+    if target.device.type != "cpu" or labels.numel() == 0:
+        return
+    low, high = (int(x) for x in torch.aminmax(labels))
+    if low < 0 or high >= V:
+        bad = low if low < 0 else high
+        raise ValueError(f"target: expected labels in [0, {V}) on unmasked rows; got {bad}")
+
+
+# ------------------------------------------------------------------------------------------------ matrix products
+
+
+def weight_tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the vocabulary with their weight rows in `dtype`; one slice where nothing needs upcasting."""
+    V, H = weight.shape
+    step = V if weight.dtype == dtype else max(1, WEIGHT_TILE_BYTES // (max(H, 1) * dtype.itemsize))
+    for start in range(0, V, step):
+        columns = slice(start, min(start + step, V))
+        yield columns, weight[columns].to(dtype)
+
+
+def project(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """out = h W^T + b [n, V], 2nHV FLOPs, never rounded below the dtype of `out`."""
+    for columns, w in weight_tiles(weight, out.dtype):
+        torch.mm(h, w.t(), out=out[:, columns])
+    if bias is not None:
+        out.add_(bias)
+    return out
+
+
+def project_back(d_logits: Tensor, weight: Tensor) -> Tensor:
+    """d hidden = d logits W [n, H], 2nHV FLOPs."""
+    d_hidden = None
+    for columns, w in weight_tiles(weight, d_logits.dtype):
+        if d_hidden is None:
+            d_hidden = d_logits[:, columns] @ w
+        else:
+            d_hidden.addmm_(d_logits[:, columns], w)
+    assert d_hidden is not None
+    return d_hidden
+
+
+class HeadGradients:
+    """d hidden, d weight and d bias in the statistics' dtype, filled chunk by chunk; what is not needed stays empty."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], dtype: torch.dtype) -> None:
+        self.needs = needs
+        V, N = weight.shape[0], hidden.shape[0]
+        self.hidden = hidden.new_zeros((N if needs[0] else 0, hidden.shape[1]), dtype=dtype)
+        self.weight = weight.new_zeros((V if needs[1] else 0, weight.shape[1]), dtype=dtype)
+        self.bias = weight.new_zeros(V if needs[2] else 0, dtype=dtype)
+
+    def add(self, rows: Rows, h: Tensor, weight: Tensor, d_logits: Tensor) -> None:
+        """Two GEMMs: d_hidden[rows] = d logits W, d_weight += d logits^T h (4nHV FLOPs)."""
+        if d_logits.shape[0] == 0:
+            return
+        if self.needs[0]:
+            self.hidden[rows] = project_back(d_logits, weight)
+        if self.needs[1]:
+            self.weight.addmm_(d_logits.t(), h)
+        if self.needs[2]:
+            self.bias.add_(d_logits.sum(0))
+
+
+# ------------------------------------------------------------------------------------------------ row passes
+
+
+def is_one(x: Tensor) -> bool:
+    return x.dim() == 0 and x.device.type == "cpu" and x.item() == 1.0
+
+
+def scale_(a: Tensor, scale: Scale) -> Tensor:
+    """Raw logits -> logits z, in place."""
+    if not is_one(scale.logit_scale):
+        a.mul_(scale.logit_scale)
+    if scale.softcap is not None:
+        a.div_(scale.softcap).tanh_().mul_(scale.softcap)
+    if not is_one(scale.temperature):
+        a.div_(scale.column())
+    return a
+
+
+def valid_labels(target: Tensor, V: int) -> tuple[Tensor, Tensor]:
+    """(labels that can be gathered, whether they are the true ones)."""
+    return target.clamp(0, V - 1), (target >= 0) & (target < V)
+
+
+def block_statistics(z: Tensor, target: Tensor, entropy: bool) -> RowStatistics:
+    """Statistics of a block of logits [n, V]; z is left as it is."""
+    label, valid = valid_labels(target, z.shape[1])
+    maximum = z.amax(1)
+    shifted = (z - maximum[:, None]).clamp_(min=LOG_ZERO)
+    e = shifted.exp()
+    total = e.sum(1)
+    log_sum = total.log()
+    logp = z.gather(1, label[:, None]).squeeze(1) - maximum - log_sum
+    # H = log_sum - sum_v p_v (z_v - maximum)
+    H = log_sum - e.mul_(shifted).sum(1).div_(total) if entropy else torch.zeros_like(log_sum)
+    return RowStatistics(maximum, log_sum, torch.where(valid, logp, torch.nan), H)
+
+
+def statistics_(a: Tensor, target: Tensor, scale: Scale, entropy: bool) -> RowStatistics:
+    """Row pass 1 over a chunk of raw logits [n, V]: a becomes z in place; returns its statistics."""
+    out = RowStatistics(*(a.new_empty(a.shape[0]) for _ in RowStatistics._fields))
+    for rows in blocks(*a.shape, a.dtype, a.device):
+        z = scale_(a[rows], scale.of(rows))
+        for x, y in zip(out, block_statistics(z, target[rows], entropy), strict=True):
+            x[rows] = y
+    return out
+
+
+def block_gradient_(z: Tensor, target: Tensor, stats: RowStatistics, d: Coefficients, scale: Scale) -> Tensor:
+    """Logits z -> d loss / d raw logits of a block, in place.
+
+    d loss / d z_v = d_logp (1[v = y] - p_v) - d_entropy p_v (log p_v + H); times dz/da = logit_scale (1 - tanh^2) / T.
+    """
+    label, valid = valid_labels(target, z.shape[1])
+    d_logp = torch.where(valid, d.logp, torch.nan)
+    slope = None
+    if scale.softcap is not None:
+        slope = (z * scale.column()).div_(scale.softcap).square_().neg_().add_(1)
+    z.sub_(stats.maximum[:, None]).sub_(stats.log_sum[:, None]).clamp_(min=LOG_ZERO)
+    p = z.exp()
+    if d.entropy is None:
+        torch.mul(p, -d_logp[:, None], out=z)
+    else:
+        z.add_(stats.entropy[:, None]).mul_(d.entropy[:, None]).add_(d_logp[:, None]).mul_(p).neg_()
+    z.scatter_add_(1, label[:, None], d_logp[:, None])
+    if slope is not None:
+        z.mul_(slope)
+    if not is_one(scale.logit_scale):
+        z.mul_(scale.logit_scale)
+    if not is_one(scale.temperature):
+        z.div_(scale.column())
+    return z
+
+
+def gradient_(
+    z: Tensor, target: Tensor, stats: RowStatistics, d: Coefficients, scale: Scale, *, raw: bool, drop: bool = False
+) -> tuple[Tensor, Rows]:
+    """Row pass 2 over a chunk, in place: raw logits (`raw`, recompute) or logits z -> d loss / d raw logits.
+
+    With `drop`, rows whose coefficients are zero leave: the others move to the front of the same buffer. Returns the
+    gradient of the rows that are left and which ones they are.
+    """
+    n = z.shape[0]
+    keep = kept_rows(d.nonzero(), n) if drop else slice(0, n)
+    done = 0
+    for block in blocks(count(keep), z.shape[1], z.dtype, z.device):
+        rows: Rows = block if isinstance(keep, slice) else keep[block]
+        part = z[rows]  # a view of a range, a copy of scattered rows
+        if raw:
+            scale_(part, scale.of(rows))
+        block_gradient_(part, target[rows], stats.of(rows), d.of(rows), scale.of(rows))
+        if not isinstance(rows, slice):
+            z[block] = part  # never ahead of a row that is still to be read: block <= rows
+        done = block.stop
+    return z[:done], keep
+
+
+# ------------------------------------------------------------------------------------------------ chunk loops
+
+
+def empty_statistics(N: int, dtype: torch.dtype, device: torch.device) -> RowStatistics:
+    return RowStatistics(*(torch.zeros(N, dtype=dtype, device=device) for _ in RowStatistics._fields))
+
+
+def logits_buffer(weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """One buffer for all chunks of a call: fresh pages cost as much as a sweep over the logits."""
+    return weight.new_empty((rows, weight.shape[0]), dtype=dtype)
+
+
+def forward_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor | None,
+    scale: Scale,
+    *,
+    entropy: bool,
+    gradient: bool = False,
+    rows: Rows | None = None,
+    buffer: Tensor | None = None,
+) -> tuple[RowStatistics, Tensor]:
+    """Statistics of every row [N], zero where masked: 2NHV. With `gradient` also d logp / d hidden [N, H]: 4NHV."""
+    N, V, dtype = hidden.shape[0], weight.shape[0], scale.logit_scale.dtype
+    rows = kept_rows(mask, N) if rows is None else rows
+    check_target(target, V, rows)
+    target, scale = neutral(mask, target, scale)
+    stats = empty_statistics(N, dtype, hidden.device)
+    slope = HeadGradients(hidden, weight, (gradient, False, False), dtype)
+    bound = chunk_rows(V, dtype, hidden.device)
+    if buffer is None:
+        buffer = logits_buffer(weight, min(bound, count(rows)), dtype)
+    for part in even_chunks(rows, bound):
+        h = take_hidden(hidden, part, mask, dtype)
+        z = project(h, weight, bias, buffer[: count(part)])
+        found = statistics_(z, target[part], scale.of(part), entropy)
+        for x, y in zip(stats, found, strict=True):
+            x[part] = y
+        if gradient:
+            ones = Coefficients(torch.ones_like(found.logp), None)
+            d_logits, _ = gradient_(z, target[part], found, ones, scale.of(part), raw=False)
+            slope.add(part, h, weight, d_logits)
+    if mask is not None and not compacts(mask.device):
+        stats = RowStatistics(*(torch.where(mask, x, 0) for x in stats))
+        if gradient:
+            slope.hidden = torch.where(mask[:, None], slope.hidden, 0)
+    return stats, slope.hidden
+
+
+def backward_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor | None,
+    scale: Scale,
+    stats: RowStatistics,
+    d: Coefficients,
+    gradients: HeadGradients,
+    *,
+    rows: Rows | None = None,
+    buffer: Tensor | None = None,
+) -> None:
+    """Recompute form: logits again, then d logits in place, then two GEMMs (6NHV), over rows with a coefficient."""
+    N, V, dtype = hidden.shape[0], weight.shape[0], scale.logit_scale.dtype
+    if mask is not None:
+        d = Coefficients(*(None if x is None else torch.where(mask, x, 0) for x in d))  # type: ignore[arg-type]
+    if rows is None:
+        rows = kept_rows(d.nonzero(), N)
+    else:
+        keep = kept_rows(d.of(rows).nonzero(), count(rows))
+        rows = keep_within(rows, keep)
+    target, scale = neutral(mask, target, scale)
+    bound = chunk_rows(V, dtype, hidden.device)
+    if buffer is None:
+        buffer = logits_buffer(weight, min(bound, count(rows)), dtype)
+    for part in even_chunks(rows, bound):
+        h = take_hidden(hidden, part, mask, dtype)
+        z = project(h, weight, bias, buffer[: count(part)])
+        d_logits, _ = gradient_(z, target[part], stats.of(part), d.of(part), scale.of(part), raw=True)
+        gradients.add(part, h, weight, d_logits)
+
+
+def keep_within(rows: Rows, keep: Rows) -> Rows:
+    """Rows of a chunk, then some of those: the composed selection."""
+    if isinstance(keep, slice) and isinstance(rows, slice):
+        return slice(rows.start + keep.start, rows.start + keep.stop)
+    return keep + rows.start if isinstance(rows, slice) else rows[keep]  # type: ignore[operator]

@@ -1,0 +1,152 @@
+"""The vocabulary head: log-probs and entropies without logits in memory, or straight to a policy loss.
+
+    a = logit_scale * (h W^T + b)        z = softcap * tanh(a / softcap) / temperature   (no softcap: a / temperature)
+
+`hidden` is [N, H] or [B, T, H] and row i predicts target[i]; nothing shifts. hidden, weight and bias are float32,
+bfloat16, float16 or float64 of one dtype, or what autocast makes of them. Statistics, log-probs and losses are float32
+(float64 for float64 inputs); d weight accumulates in that dtype and is rounded to the weight's at the end.
+Masked rows are dropped, whatever they hold; so are rows without a gradient before the gradient GEMMs (on CPU; on a
+GPU, where their number is not known without a sync, they are zero). An out-of-range label raises on CPU and gives NaN
+on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlcore.algorithms import vocab_head as algorithm
+from rlcore.algorithms.objective import Objective
+from rlcore.algorithms.policy_loss import check_fields, metric_names
+from rlcore.algorithms.vocab_head import LogProbs
+from rlcore.algorithms.vocab_head_inputs import (
+    Number,
+    as_number,
+    autocast_dtype,
+    check_head,
+    check_scores,
+    scale_of,
+    statistics_dtype,
+)
+from rlcore.layout import TokenBatch
+from rlcore.ops import backend
+from rlcore.ops.vocab_head_autograd import FrozenLogprob, LinearLogprob, LinearPolicyLoss, Logprob
+
+__all__ = ["LogProbs", "linear_logprob", "linear_policy_loss", "logprob"]
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    temperature: Number = 1.0,
+    softcap: Number | None = None,
+    logit_scale: Number = 1.0,
+    entropy: bool = False,
+    mask: Tensor | None = None,
+) -> LogProbs:
+    """Log-prob of `target` under the head, and the entropy if asked for: LogProbs(logp, entropy), differentiable.
+
+    logp_i = z_i[y_i] - lse(z_i), H_i = -sum_v p_iv log p_iv, in the shape of `target` ([N] or [B, T]), 0 where masked.
+    weight [V, H], bias [V], `temperature` a number or one per row, `mask` bool or 0/1. Gradients flow to hidden, weight
+    and bias. 2NHV FLOPs forward; backward 6NHV by recompute, or none where the head is frozen and no entropy is asked
+    for: then the forward pass is 4NHV. Raises TypeError and ValueError that name the argument; a double backward
+    raises RuntimeError (use the reference backend). Own.
+    """
+    if backend.requested() == "reference":
+        return algorithm.linear_logprob(
+            hidden, weight, target, bias, temperature, softcap, logit_scale, entropy, mask
+        )  # fmt: skip
+    check_head(hidden, weight, target, bias, mask, temperature, softcap, logit_scale)
+    scale = scale_of(hidden, temperature, softcap, logit_scale)
+    keep = None if mask is None else (mask != 0).reshape(-1)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    dtype = autocast_dtype(hidden)
+    frozen = not any(wants_gradient(x) for x in (weight, bias))
+    if frozen and not entropy and wants_gradient(hidden):
+        logp = FrozenLogprob.apply(flat, weight, bias, target.reshape(-1), keep, *scale, dtype)
+        return LogProbs(logp.reshape(target.shape), None)
+    logp, H = LinearLogprob.apply(flat, weight, bias, target.reshape(-1), keep, *scale, entropy, dtype)
+    return LogProbs(logp.reshape(target.shape), H.reshape(target.shape) if entropy else None)
+
+
+def logprob(
+    logits: Tensor,
+    target: Tensor,
+    temperature: Number = 1.0,
+    entropy: bool = False,
+    mask: Tensor | None = None,
+) -> LogProbs:
+    """The same from logits [N, V] or [B, T, V] that exist already: z = logits / temperature.
+
+    Low-precision logits are upcast block by block; no float32 copy of all of them is made. Raises as `linear_logprob`.
+    """
+    if backend.requested() == "reference":
+        return algorithm.logprob(logits, target, temperature, entropy, mask)
+    check_scores(logits, target, mask, temperature)
+    by_row = as_number(temperature, statistics_dtype(logits), logits.device)
+    keep = None if mask is None else (mask != 0).reshape(-1)
+    logp, H = Logprob.apply(
+        logits, target.reshape(-1), keep, by_row if by_row.dim() == 0 else by_row.reshape(-1), entropy
+    )
+    return LogProbs(logp.reshape(target.shape), H.reshape(target.shape) if entropy else None)
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    batch: TokenBatch,
+    objective: Objective,
+    bias: Tensor | None = None,
+    temperature: Number = 1.0,
+    softcap: Number | None = None,
+    logit_scale: Number = 1.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`policy_loss` of the head's log-probs and entropies, folded into the head's walk over chunks of tokens: 6NHV.
+
+    hidden is [N, H] or [B, T, H] like batch.target; bias, temperature, softcap, logit_scale as in `linear_logprob`.
+    Returns the 0-d loss (float32, or float64 for float64 inputs), differentiable in hidden, weight and bias, and the
+    metrics of `policy_loss`, entropy included. The gradients are made in the forward pass, where anything requires
+    them, and scaled by the incoming gradient: backward runs once; a second run or a double backward raises
+    RuntimeError (use the reference backend). An objective of batch scope costs one more forward walk. Own.
+    """
+    if hidden.shape[:-1] != batch.shape:
+        expected = f"{(*batch.shape, 'H')}, that of batch.target and the hidden size"
+        raise ValueError(f"hidden: expected shape {expected}; got {tuple(hidden.shape)}")
+    if backend.requested() == "reference":
+        return algorithm.linear_policy_loss(
+            hidden, weight, batch, objective, bias, temperature, softcap, logit_scale
+        )  # fmt: skip
+    check_head(hidden, weight, batch.target, bias, batch.mask, temperature, softcap, logit_scale)
+    if objective.scope == "batch" and not batch.prepared:
+        with torch.no_grad():
+            head = (hidden, weight, batch.target, bias, temperature, softcap, logit_scale)
+            out = linear_logprob(*head, entropy=True, mask=batch.mask)
+        batch = objective.prepare(out.logp, out.entropy, batch)
+    check_fields(batch, objective)
+    scale = scale_of(hidden, temperature, softcap, logit_scale)
+    needs = (wants_gradient(hidden), wants_gradient(weight), wants_gradient(bias))
+    tensors, places = distinct([*objective.numbers, *batch.tensors()])
+    loss, values = LinearPolicyLoss.apply(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, *scale, autocast_dtype(hidden), needs, objective.key,
+        batch.prepared, len(objective.numbers), places, *tensors,
+    )  # fmt: skip
+    names = metric_names(batch, objective, entropy=True)
+    return loss, dict(zip(names, values.unbind(), strict=True))
+
+
+def wants_gradient(x: Tensor | None) -> bool:
+    return x is not None and x.requires_grad and torch.is_grad_enabled()
+
+
+def distinct(tensors: list[Tensor | None]) -> tuple[list[Tensor | None], tuple[int, ...]]:
+    """The tensors without repetition and the place of each among them: compiled code takes no tensor twice."""
+    unique: list[Tensor | None] = []
+    places = []
+    for x in tensors:
+        place = next((i for i, seen in enumerate(unique) if seen is x), len(unique))
+        if place == len(unique):
+            unique.append(x)
+        places.append(place)
+    return unique, tuple(places)

@@ -1,0 +1,154 @@
+"""Differentiation of the vocabulary head: autograd functions around its raw passes.
+
+recompute  logits are made again in the backward pass (8NHV in all); any number of backward runs.
+frozen     d logp / d hidden is stored by the forward pass (4NHV); any number of backward runs.
+folded     the loss's gradients are stored by the forward pass (6NHV) in float32 and scaled in place by the incoming
+           gradient, so that a large loss scale meets them before they are rounded to fp16; one backward run.
+None can be differentiated twice: the reference backend can.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from rlcore.algorithms.vocab_head_inputs import cast
+from rlcore.ops import vocab_head_raw as raw
+
+USE_REFERENCE = 'use `with rl.backend("reference"):` around the forward pass'
+
+
+def refuse_double_backward() -> None:
+    """Autograd records a backward run only to differentiate it again; refuse at once, never with a missing term."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"rlcore's fused head can not be differentiated twice (create_graph=True); {USE_REFERENCE}")
+
+
+def as_given(gradient: Tensor, needed: bool, dtype: torch.dtype) -> Tensor | None:
+    return gradient.to(dtype) if needed else None
+
+
+class LinearLogprob(Function):
+    """logp and entropy [N], gradients by recompute."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, mask: Tensor | None,
+        temperature: Tensor, softcap: Tensor | None, logit_scale: Tensor, entropy: bool, dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        head = (cast(hidden, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype), target, mask,
+                temperature, softcap, logit_scale)  # fmt: skip
+        maximum, log_sum, logp, H = raw.linear_logprob_forward(*head, entropy)
+        ctx.save_for_backward(*head, maximum, log_sum, logp, H)
+        ctx.set_materialize_grads(False)
+        if not entropy:
+            ctx.mark_non_differentiable(H)
+        return logp, H
+
+    @staticmethod
+    def backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        nothing = (None,) * 7
+        if d_logp is None and d_entropy is None:
+            return (None, None, None, *nothing)
+        *head, maximum, log_sum, logp, H = ctx.saved_tensors
+        if d_logp is None:
+            d_logp = torch.zeros_like(logp)
+        needs = list(ctx.needs_input_grad[:3])
+        out = raw.linear_logprob_backward(*head, [maximum, log_sum, logp, H], d_logp, d_entropy, needs)
+        return (*(as_given(*x) for x in zip(out, needs, ctx.dtypes, strict=True)), *nothing)
+
+
+class FrozenLogprob(Function):
+    """logp [N] of a head that takes no gradient; d logp / d hidden is known after the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, mask: Tensor | None,
+        temperature: Tensor, softcap: Tensor | None, logit_scale: Tensor, dtype: torch.dtype | None,
+    ) -> Tensor:  # fmt: skip
+        head = (cast(hidden, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype))
+        logp, slope = raw.linear_logprob_frozen(*head, target, mask, temperature, softcap, logit_scale)
+        ctx.save_for_backward(slope, mask)
+        ctx.dtype = hidden.dtype
+        return logp
+
+    @staticmethod
+    def backward(ctx: Any, d_logp: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        slope, mask = ctx.saved_tensors
+        if mask is not None:
+            d_logp = torch.where(mask, d_logp, 0)
+        return ((slope * d_logp[:, None]).to(ctx.dtype), *(None,) * 8)
+
+
+class LinearPolicyLoss(Function):
+    """A folded policy loss; see the module's docstring for what its backward pass does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor, softcap: Tensor | None,
+        logit_scale: Tensor, dtype: torch.dtype | None, needs: tuple[bool, bool, bool], objective: str, prepared: bool,
+        n_numbers: int, places: tuple[int, ...], *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        head = (cast(hidden, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype))
+        fields = [tensors[i] for i in places]
+        numbers, batch = fields[:n_numbers], fields[n_numbers:]
+        loss, metrics, *stored = raw.linear_policy_loss(
+            *head, temperature, softcap, logit_scale, objective, numbers, batch, prepared, list(needs)
+        )
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)
+        # Compiled backward passes own what they save; in eager mode the context hands its gradients out once.
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(*stored)
+        else:
+            ctx.stored = stored
+        return loss, metrics
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor | None, d_metrics: None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        nothing = (None,) * (len(ctx.needs_input_grad) - 3)
+        if d_loss is None:
+            return (None, None, None, *nothing)
+        if torch.compiler.is_compiling():
+            scaled = [x * d_loss for x in ctx.saved_tensors]
+        else:
+            if ctx.stored is None:
+                raise RuntimeError(
+                    f"rlcore's folded loss runs backward once: it scales its gradients in place; {USE_REFERENCE}"
+                )
+            scaled, ctx.stored = [x.mul_(d_loss) for x in ctx.stored], None
+        needs = ctx.needs_input_grad[:3]
+        return (*(as_given(*x) for x in zip(scaled, needs, ctx.dtypes, strict=True)), *nothing)
+
+
+class Logprob(Function):
+    """logp and entropy, flat [N], of logits that exist."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, mask: Tensor | None, temperature: Tensor, entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        maximum, log_sum, logp, H = raw.logprob_forward(logits, target, mask, temperature, entropy)
+        ctx.save_for_backward(logits, target, mask, temperature, maximum, log_sum, logp, H)
+        ctx.set_materialize_grads(False)
+        if not entropy:
+            ctx.mark_non_differentiable(H)
+        return logp, H
+
+    @staticmethod
+    def backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        if d_logp is None and d_entropy is None:
+            return (None,) * 5
+        logits, target, mask, temperature, *stats = ctx.saved_tensors
+        if d_logp is None:
+            d_logp = torch.zeros_like(stats[2])
+        return (raw.logprob_backward(logits, target, mask, temperature, stats, d_logp, d_entropy), *(None,) * 4)

@@ -1,0 +1,191 @@
+"""The raw passes of the vocabulary head as torch custom ops: forward and backward, without an autograd formula.
+
+Rows are flat: hidden [N, H], target and mask [N], temperature 0-d or [N]. Numbers are tensors, so that no value is a
+constant of a compiled graph. Gradients come back in the statistics' dtype (float32 or float64), empty where not needed.
+An autograd formula on an op that returns d weight copies it; differentiation is in `vocab_head_autograd`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlcore.algorithms import vocab_head as algorithm
+from rlcore.algorithms import vocab_head_chunks as chunks
+from rlcore.algorithms import vocab_head_scores as scores
+from rlcore.algorithms.objective import lookup
+from rlcore.algorithms.policy_loss import metric_names
+from rlcore.algorithms.vocab_head_chunks import Coefficients, RowStatistics, Scale
+from rlcore.layout import TokenBatch
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    """The passes have chosen their dtypes; an autocast region around a call must not round their products."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+@torch.library.custom_op("rlcore::linear_logprob_forward", mutates_args=())
+def linear_logprob_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    softcap: Tensor | None,
+    logit_scale: Tensor,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """2NHV: (maximum, log_sum, logp, entropy), each [N]."""
+    with no_autocast(hidden):
+        scale = Scale(temperature, softcap, logit_scale)
+        stats, _ = chunks.forward_chunks(hidden, weight, bias, target.long(), mask, scale, entropy=entropy)
+    return tuple(stats)
+
+
+@linear_logprob_forward.register_fake
+def _(hidden, weight, bias, target, mask, temperature, softcap, logit_scale, entropy):
+    return tuple(logit_scale.new_empty(hidden.shape[0]) for _ in range(4))
+
+
+@torch.library.custom_op("rlcore::linear_logprob_backward", mutates_args=())
+def linear_logprob_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    softcap: Tensor | None,
+    logit_scale: Tensor,
+    statistics: Sequence[Tensor],
+    d_logp: Tensor,
+    d_entropy: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """6NHV over the rows that have a coefficient: (d_hidden [N, H], d_weight [V, H], d_bias [V])."""
+    with no_autocast(hidden):
+        scale = Scale(temperature, softcap, logit_scale)
+        gradients = chunks.HeadGradients(hidden, weight, (needs[0], needs[1], needs[2]), logit_scale.dtype)
+        chunks.backward_chunks(
+            hidden, weight, bias, target.long(), mask, scale, RowStatistics(*statistics),
+            Coefficients(d_logp, d_entropy), gradients,
+        )  # fmt: skip
+    return gradients.hidden, gradients.weight, gradients.bias
+
+
+def empty_gradients(hidden, weight, like, needs):
+    N, V, H = hidden.shape[0], weight.shape[0], hidden.shape[1]
+    return (
+        like.new_empty((N if needs[0] else 0, H)),
+        like.new_empty((V if needs[1] else 0, H)),
+        like.new_empty((V if needs[2] else 0,)),
+    )
+
+
+@linear_logprob_backward.register_fake
+def _(
+    hidden, weight, bias, target, mask, temperature, softcap, logit_scale, statistics, d_logp, d_entropy, needs
+):  # fmt: skip
+    return empty_gradients(hidden, weight, logit_scale, needs)
+
+
+@torch.library.custom_op("rlcore::linear_logprob_frozen", mutates_args=())
+def linear_logprob_frozen(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    softcap: Tensor | None,
+    logit_scale: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """4NHV: (logp [N], d logp / d hidden [N, H])."""
+    with no_autocast(hidden):
+        scale = Scale(temperature, softcap, logit_scale)
+        stats, slope = chunks.forward_chunks(
+            hidden, weight, bias, target.long(), mask, scale, entropy=False, gradient=True
+        )
+    return stats.logp, slope
+
+
+@linear_logprob_frozen.register_fake
+def _(hidden, weight, bias, target, mask, temperature, softcap, logit_scale):
+    return logit_scale.new_empty(hidden.shape[0]), logit_scale.new_empty(hidden.shape)
+
+
+@torch.library.custom_op("rlcore::linear_policy_loss", mutates_args=())
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor,
+    softcap: Tensor | None,
+    logit_scale: Tensor,
+    objective: str,
+    numbers: Sequence[Tensor],
+    batch: Sequence[Tensor | None],
+    prepared: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """6NHV: (loss, metrics [K], d_hidden [N, H], d_weight [V, H], d_bias [V]); 2NHV where nothing is needed.
+
+    `objective` is the key under which the objective's structure is registered, `numbers` are its numbers, `batch` is
+    `TokenBatch.tensors()`; the metrics are in the order of `metric_names`.
+    """
+    rows = TokenBatch.from_tensors(list(batch), prepared=prepared)
+    structure = lookup(objective, numbers)
+    wanted = (needs[0], needs[1], needs[2])
+    with no_autocast(hidden):
+        out = algorithm.folded(
+            hidden, weight, rows, structure, bias, temperature, softcap, logit_scale, wanted
+        )  # fmt: skip
+    names = metric_names(rows, structure, entropy=True)
+    metrics = torch.stack([out.metrics[name].to(logit_scale.dtype) for name in names])
+    return out.loss, metrics, out.d_hidden, out.d_weight, out.d_bias
+
+
+@linear_policy_loss.register_fake
+def _(
+    hidden, weight, bias, temperature, softcap, logit_scale, objective, numbers, batch, prepared, needs
+):  # fmt: skip
+    rows = TokenBatch.from_tensors(list(batch), prepared=prepared)
+    names = metric_names(rows, lookup(objective, numbers), entropy=True)
+    gradients = empty_gradients(hidden, weight, logit_scale, needs)
+    return logit_scale.new_empty(()), logit_scale.new_empty(len(names)), *gradients
+
+
+@torch.library.custom_op("rlcore::logprob_forward", mutates_args=())
+def logprob_forward(
+    logits: Tensor, target: Tensor, mask: Tensor | None, temperature: Tensor, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(maximum, log_sum, logp, entropy), each [N], of logits [N, V] or [B, T, V]."""
+    scale = Scale(temperature, None, temperature.new_ones(()))
+    return tuple(scores.statistics(logits, target.long(), mask, scale, entropy=entropy))
+
+
+@logprob_forward.register_fake
+def _(logits, target, mask, temperature, entropy):
+    return tuple(temperature.new_empty(target.shape) for _ in range(4))
+
+
+@torch.library.custom_op("rlcore::logprob_backward", mutates_args=())
+def logprob_backward(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    statistics: Sequence[Tensor],
+    d_logp: Tensor,
+    d_entropy: Tensor | None,
+) -> Tensor:
+    """d_logits in the logits' shape and dtype."""
+    scale = Scale(temperature, None, temperature.new_ones(()))
+    d = Coefficients(d_logp, d_entropy)
+    return scores.gradient(logits, target.long(), mask, scale, RowStatistics(*statistics), d)
+
+
+@logprob_backward.register_fake
+def _(logits, target, mask, temperature, statistics, d_logp, d_entropy):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
