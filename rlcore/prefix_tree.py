@@ -1,4 +1,4 @@
-"""Packing of shared prefixes: many token paths as one flat depth-first sequence in which every shared token occurs once."""
+"""Packing of shared prefixes: token paths as one flat depth-first sequence in which every shared token occurs once."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ class PrefixTree:
     def stats(self) -> TreeStats:
         """Tokens and the largest possible speed-ups against one padded-free row per path. Not for use inside a step.
 
-        Attention is counted in query-key pairs: sum over paths of L(L+1)/2 before, sum over packed rows of depth+1 after.
+        Attention is counted in query-key pairs: L(L+1)/2 per path before, depth + 1 per packed row after.
         A path without predictions would not be in a batch of repeated prompts and counts as nothing.
         """
         lengths = self.offsets.diff()
@@ -195,7 +195,7 @@ class PrefixTree:
 
 
 def node_table(position: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """[K, 4] (start, stop, end, parent) of the maximal runs with one `end`: a row and its only child share it, others never do."""
+    """[K, 4] (start, stop, end, parent) of the runs of one `end`: a row and its only child share it, no others do."""
     start = np.flatnonzero(np.r_[True, end[1:] != end[:-1]])
     stop = np.r_[start[1:], len(end)]
     parent = np.full(len(start), -1)

@@ -100,7 +100,7 @@ def trunk(model: Any, tree: PrefixTree) -> Tensor:
 
 
 def head(model: Any) -> Head:
-    """The attached model's output head, with the scale and softcap that the probe measured; weight and bias are its parameters."""
+    """The attached model's output head: its own weight and bias, and the scale and softcap that the probe measured."""
     inner = unwrap(model)
     state = _attachment(inner)
     output = inner.get_output_embeddings()
@@ -112,7 +112,7 @@ def tree_hidden(inner: Any, tree: PrefixTree) -> Tensor:
     output = decoder(inner)(
         input_ids=tree.input_ids[None],
         position_ids=tree.position[None],
-        # A mask with four dimensions is passed on untouched: no mask of M x M is built, and the tree makes it unnecessary.
+        # A mask with four dimensions is passed on untouched, so none of M x M is built; the tree says what it would.
         attention_mask=torch.zeros(1, 1, 1, 1, device=tree.device, dtype=inner.dtype),
         use_cache=False,
         **{TREE: tree},
@@ -194,13 +194,13 @@ def _register(name: str) -> None:
 
 
 def _delegate(kind: type, name: str) -> Callable[..., Any]:
-    """The attention function that modules of this class use under `name`: eager attention and overrides are per model file."""
+    """The attention function of this class under `name`: eager attention and overrides belong to the model's file."""
     from transformers import AttentionInterface
 
     found = _delegates.get((kind, name))
     if found is None:
         scopes = [vars(sys.modules[base.__module__]) for base in kind.__mro__ if base.__module__ in sys.modules]
-        eager = next((s["eager_attention_forward"] for s in scopes if "eager_attention_forward" in s), None)
+        eager: Any = next((s["eager_attention_forward"] for s in scopes if "eager_attention_forward" in s), None)
         functions = next((s["ALL_ATTENTION_FUNCTIONS"] for s in scopes if "ALL_ATTENTION_FUNCTIONS" in s), None)
         found = (functions or AttentionInterface()).get_interface(name, eager)
         _delegates[kind, name] = found

@@ -188,14 +188,14 @@ def _fit_head(model: Any, inner: Any, name: str, tolerance: float) -> tuple[floa
         error = (logits(unit * factor) - expected).abs().max().item()
         if not error <= tolerance * max(expected.abs().max().item(), 1e-3):
             raise AttachError(
-                f"{name}: the logits are not a scaled and softcapped linear function of the decoder's last hidden state "
-                f"(off by {error:.2e})"
+                f"{name}: the logits are not a scaled and softcapped linear function of the decoder's last hidden "
+                f"state (off by {error:.2e})"
             )
     return softcap, scale
 
 
 def _snapped(value: float, inner: Any, tolerance: float) -> float:
-    """A measured constant as the number it stands for, where 1 or a number of the configuration (or its reciprocal) is that close."""
+    """A measured constant as the number it stands for: 1, a number of the configuration or its reciprocal, if close."""
     numbers = [v for c in adapter.configs(inner) for v in vars(c).values() if isinstance(v, (int, float)) and v]
     for candidate in (1.0, *numbers, *(1 / n for n in numbers)):
         if abs(value - candidate) <= tolerance * abs(candidate):
@@ -239,7 +239,7 @@ def _compare(model: Any, inner: Any, softcap: float | None, logit_scale: float, 
     _set_training(model, True)
     z = on_tree()
     size, error = _rms(reference), _rms(z.detach().double() - reference)
-    # What the context contributes is what a wrong mask or position would get wrong; it may be a small part of the logits.
+    # A wrong mask or position gets the context's contribution wrong, and that may be a small part of the logits.
     context = reference[[r for r in range(tree.N) if _input(tree, r) == marker]]
     allowed = min(max(0.01 * _rms(context - context.mean(0)), 1e-5 * size), 1e-4 * size) if exact else 0.05 * size
     if not error <= allowed:
@@ -252,12 +252,10 @@ def _compare(model: Any, inner: Any, softcap: float | None, logit_scale: float, 
     everything = sum(float(g.double().square().sum()) for g in gradients) ** 0.5
     slack = 1.0 if exact else 50.0
     for parameter, expected, got in zip(parameters, gradients, found, strict=True):
-        distance, own = float((got - expected).double().norm()), float(expected.double().norm())
-        if not distance <= slack * (1e-3 * own + 1e-5 * everything):
+        distance, size = float((got - expected).double().norm()), float(expected.double().norm())
+        if not distance <= slack * (1e-3 * size + 1e-5 * everything):
             name = next(n for n, p in model.named_parameters() if p is parameter)
-            return (
-                f"the gradient of {name} on a tree differs from that of single sequences by {distance:.1e} of {own:.1e}"
-            )
+            return f"the gradient of {name} on a tree is off that of single sequences by {distance:.1e} of {size:.1e}"
     return ""
 
 
@@ -288,7 +286,7 @@ def _gradient(z: Tensor, target: Tensor, weights: Tensor, parameters: list[nn.Pa
 
 
 def _gradient_parameters(model: Any) -> list[nn.Parameter]:
-    """The trainable parameters, smallest first, as many as fit the limit: norms and biases of every layer come first."""
+    """The trainable parameters, smallest first, as many as fit the limit: the norms and biases of every layer lead."""
     chosen, total = [], 0
     for p in sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: p.numel()):
         total += p.numel()
@@ -304,4 +302,7 @@ def _rms(x: Tensor) -> float:
 
 def _dropouts(model: Any) -> str:
     active = [name for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    for name, module in model.named_modules():
+        rates = [a for a, value in vars(module).items() if "dropout" in a and isinstance(value, float) and value > 0]
+        active += [f"{name}.{rate}" for rate in rates]
     return f" ({', '.join(active[:3])}{', ...' if len(active) > 3 else ''}); set it to 0" if active else ""

@@ -6,9 +6,9 @@ Rows are packed depth first, so one integer per key is the whole mask (own):
     o_i = sum_j p_ij v_j,   p_ij = exp(z_ij - lse_i),   lse_i = log(exp(sink) + sum_j exp(z_ij))
     z_ij = s_ij, or softcap * tanh(s_ij / softcap);   s_ij = scale * (q_i . k_j)
 
-Composition: an unbranched run [a, b) whose descendants end at e sees itself causally, and the rows [b, e) see all of it.
-So the forest is one causal block per run plus one dense rectangle per run with descendants; each row's parts are merged
-by log-sum-exp. In the backward pass every part gets the merged output and the global log-sum-exp: the part's
+Composition: an unbranched run [a, b) whose descendants end at e sees itself causally, and the rows [b, e) see all of
+it. So the forest is one causal block per run plus one dense rectangle per run with descendants; each row's parts are
+merged by log-sum-exp. In the backward pass every part gets the merged output and the global log-sum-exp: the part's
 probabilities are then the global ones and delta_i = do_i . o_i is the global one, so the gradients simply add up.
 """
 
@@ -43,7 +43,8 @@ def reference(
 ) -> Tensor:
     """Dense-mask attention in plain differentiable torch: q [M, Hq, D], k [M, Hkv, D], v [M, Hkv, Dv] -> [M, Hq, Dv].
 
-    Query head h reads key head h // (Hq / Hkv). The softmax runs in float32 (float64 for float64), with M^2 Hq scores in memory.
+    Query head h reads key head h // (Hq / Hkv). The softmax runs in float32 (float64 for float64) and holds M^2 Hq
+    scores in memory.
     """
     M, Hq, _ = q.shape
     Hkv = k.shape[1]
@@ -77,7 +78,7 @@ class Part(NamedTuple):
     """Equal-shaped blocks for one call: queries [B, Lq] and keys [B, Lk] are packed rows.
 
     Blocks shorter than Lq repeat their last query (and, where causal, their last key); `kept` [n] selects the real
-    queries of the flattened [B * Lq], None where all are real. `query_slice` and `key_slice` stand in for the rows where the part is one block.
+    queries of the flattened [B * Lq], None where all are real. The slices stand in for the rows of a single block.
     """
 
     causal: bool
@@ -104,18 +105,19 @@ def _plan(table: bytes) -> tuple[Part, ...]:
     causal: dict[tuple[int, ...], list[tuple[int, int, int, int]]] = {}
     dense: dict[tuple[int, ...], list[tuple[int, int, int, int]]] = {}
     level: list[int] = []
+    shape: tuple[int, ...]
     for k, (start, stop, end, parent) in enumerate(nodes):
         level.append(level[parent] + 1 if parent >= 0 else 0)
         length, below = stop - start, end - stop
         if not length:
             continue  # the flash call would not survive an empty block
-        key = (_rounded(length),) if length <= _SMALL else (length, k)
-        causal.setdefault(key, []).append((start, stop, start, stop))
+        shape = (_rounded(length),) if length <= _SMALL else (length, k)
+        causal.setdefault(shape, []).append((start, stop, start, stop))
         if below:
             # Two rectangles of one level never share a row, so a call can merge all of its rows at once.
             small = length <= _SMALL and below <= 4 * _SMALL
-            key = (level[k], length, _rounded(below)) if small else (level[k], length, below, k)
-            dense.setdefault(key, []).append((stop, end, start, stop))
+            shape = (level[k], length, _rounded(below)) if small else (level[k], length, below, k)
+            dense.setdefault(shape, []).append((stop, end, start, stop))
     parts = [_part(blocks, True) for blocks in causal.values()]
     return tuple(parts + [_part(blocks, False) for blocks in dense.values()])
 
@@ -164,9 +166,10 @@ def _unit(x: Tensor) -> Tensor:
 def composed_forward(
     q: Tensor, k: Tensor, v: Tensor, node_table: Tensor, scale: float, sink: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Composition over torch's CPU flash attention: (o [M, Hq, D], lse [M, Hq]); shapes as in `reference`, Dv = D, no autograd.
+    """Composition over torch's CPU flash attention: (o [M, Hq, D], lse [M, Hq]), without autograd.
 
-    lse and the merge are float32 (float64 for float64); the sink enters once, after the merge.
+    Shapes as in `reference`, Dv = D. lse and the merge are float32 (float64 for float64); the sink enters once, after
+    the merge.
     """
     q, k, v = _unit(q), _unit(k), _unit(v)
     M, Hq, D = q.shape
@@ -196,7 +199,7 @@ def composed_forward(
 
 
 def _merge(o: Tensor, lse: Tensor, new_o: Tensor, new_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Two softmaxes over disjoint keys as one. Both log-sum-exps are finite: every part holds at least one visible key."""
+    """Two softmaxes over disjoint keys as one. Both log-sum-exps are finite: every part holds a visible key."""
     merged = torch.logaddexp(lse, new_lse)
     o = o * torch.exp(lse - merged).unsqueeze(-1) + new_o * torch.exp(new_lse - merged).unsqueeze(-1)
     return o, merged
@@ -261,8 +264,8 @@ def _sink_gradient(do: Tensor, o: Tensor, lse: Tensor, sink: Tensor | None) -> T
 
 
 def _query_blocks(node_table: Tensor, Hq: int) -> Iterator[tuple[slice, slice]]:
-    """(queries, keys) row ranges: bounded blocks of one tree's rows, and the rows of that tree up to the block's end."""
-    for _, _, end, parent, start in torch.cat([node_table, node_table[:, :1]], dim=1).tolist():
+    """(queries, keys) row ranges: bounded blocks of one tree's rows, and that tree's rows up to the block's end."""
+    for start, _, end, parent in node_table.tolist():
         if parent >= 0:
             continue
         size = max(1, _BLOCK_ELEMENTS // (Hq * (end - start)))
@@ -345,8 +348,7 @@ def blocked_backward(
     sink: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, dsink) of `blocked_forward`, recomputing the probabilities block by block."""
-    M, Hq, D = q.shape
-    Hkv = k.shape[1]
+    Hq, Hkv = q.shape[1], k.shape[1]
     work = lse.dtype
     dq, dk, dv = (torch.zeros(x.shape, dtype=work, device=q.device) for x in (q, k, v))
     for queries, keys in _query_blocks(node_table, Hq):

@@ -117,11 +117,25 @@ class _PrefixAttention(torch.autograd.Function):
         return o
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor) -> Any:
         q, k, v, o, lse, end, position, node_table, sink = ctx.saved_tensors
-        dq, dk, dv, dsink = _backward(do, q, k, v, o, lse, end, position, node_table, sink, *ctx.numbers)
+        arguments = do, q, k, v, o, lse, end, position, node_table, sink, *ctx.numbers
+        # Where a graph of the backward pass is asked for, its end has to say that there is no second derivative.
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        dq, dk, dv, dsink = _Once.apply(*arguments) if twice else _backward(*arguments)
         return dq, dk, dv, None if sink is None else dsink, None, None, None, None, None, None
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        return _backward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(
+            'prefix_attention can be differentiated once; use `with rlcore.backend("reference")` for second derivatives'
+        )
 
 
 def prefix_attention(
@@ -139,9 +153,10 @@ def prefix_attention(
     o_i = sum_j exp(z_ij - lse_i) v_j,  z_ij = scale * q_i . k_j (softcap c: c tanh(. / c)),  under a window only the
     keys with depth[i] - depth[j] < window;  lse_i includes exp(sink_h) where a sink is given.
 
-    q [M, Hq, D], k [M, Hkv, D], v [M, Hkv, Dv], Hkv divides Hq; sink [Hq]; returns [M, Hq, Dv] in q's dtype. float32, float64, bfloat16
-    and float16, any strides; under autocast the inputs are cast as for scaled_dot_product_attention. scale defaults to D ** -0.5.
-    On CPU without window and softcap it is composed of flash attention calls; otherwise dense in bounded blocks.
+    q [M, Hq, D], k [M, Hkv, D], v [M, Hkv, Dv], Hkv divides Hq; sink [Hq]; returns [M, Hq, Dv] in q's dtype. float32,
+    float64, bfloat16 and float16, any strides; under autocast the inputs are cast as scaled_dot_product_attention does.
+    scale defaults to D ** -0.5. On CPU without window and softcap it is composed of flash attention calls; otherwise
+    dense in bounded blocks.
     `backend("reference")` runs the dense reference, which can be differentiated twice.
     Raises ValueError or TypeError naming the argument.
     """
@@ -154,7 +169,7 @@ def prefix_attention(
     if backend.requested() == "reference":
         return algorithm.reference(q, k, v, tree.end, tree.position, scale, window, softcap, sink)
     width, D = v.shape[-1], q.shape[-1]
-    # Flash attention has one head size: the narrower side is padded with zeros, which change neither scores nor outputs.
+    # Flash attention has one head size: the narrower side is padded with zeros, which change no score and no output.
     if width < D:
         v = F.pad(v, (0, D - width))
     elif width > D:
