@@ -55,7 +55,7 @@ test-peers: $(PEERS_READY) ## comparisons with other libraries, in an environmen
 	$(PEERS_VENV)/bin/python -m pytest -m peers --timeout 1800 $(ARGS)
 
 bench: $(TEST_READY) ## time our functions beside plain torch
-	$(VENV)/bin/python -m pytest bench --benchmark-only --timeout 1800 $(ARGS)
+	$(VENV)/bin/python -m pytest bench --benchmark-only --benchmark-columns=min,median,stddev,rounds --benchmark-sort=min --timeout 1800 $(ARGS)
 
 lint: $(TEST_READY) ## ruff, clang-format
 	$(VENV)/bin/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -11,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import rlcore
 
 ROOT = Path(__file__).resolve().parents[1]
 HOUSE = {
@@ -44,6 +47,10 @@ print(*sorted({"transformers", "triton"} & set(sys.modules)))
     extra, heavy = run(code, cwd=tmp_path).split("\n")[:2]
     assert set(extra.split()) <= {"rlcore", "torch", "numpy"}
     assert heavy == ""
+
+
+def test_version_is_that_of_the_installed_distribution() -> None:
+    assert rlcore.__version__ == importlib.metadata.version("rlcore")
 
 
 def test_core_runs_with_torch_and_numpy_alone(tmp_path: Path) -> None:

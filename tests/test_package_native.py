@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+
 from rlcore.ops import backend
 
 native = backend.native()
