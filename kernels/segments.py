@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rows per step of a program. A segment begins anywhere, so a thread loads one element at a time, neighbours side by side;
+# Rows per step of a program. A segment begins anywhere, so a thread loads single elements, neighbours side by side;
 # with 4 warps of 32 it has 8 such loads in flight, which hides the latency of memory at a full set of programs.
 BLOCK = 1024
 NUM_WARPS = 4
