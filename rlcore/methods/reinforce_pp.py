@@ -1,0 +1,30 @@
+"""REINFORCE++: token returns, whitened over the whole batch, in PPO's clipped surrogate. It needs no groups."""
+
+import torch
+from torch import Tensor
+
+from rlcore.layout import TokenBatch
+from rlcore.methods.method import Method
+from rlcore.ops.segments import discounted_return, whiten
+
+
+def advantage(reward: Tensor, batch: TokenBatch) -> Tensor:
+    """A_it = (G_it - mean) / std over all tokens of the batch, G_it the sum of rewards from token t on.
+
+    The reward arrives with the last token of an answer, and nothing is discounted.
+    """
+    assert batch.offsets is not None
+    last = batch.offsets[1:] - 1
+    arrives = torch.zeros(batch.N, dtype=reward.dtype, device=reward.device).index_put((last,), reward)
+    return whiten(discounted_return(arrives, batch.offsets, gamma=1.0, mask=batch.mask), mask=batch.mask)
+
+
+REINFORCE_PP = Method(
+    key="reinforce_pp",
+    title="REINFORCE++",
+    paper="arXiv 2501.03262; without its KL term in the reward",
+    family="advantage",
+    formula="A_it = (G_it - mean_batch) / std_batch, G_it = sum_{s >= t} r_is;  L = -mean_it min(rho A, clip(rho) A)",
+    advantage=advantage,
+    structure={"ratio": "token", "surrogate": "ppo", "clip": (0.2, 0.2), "aggregate": "token_mean"},
+)
