@@ -116,6 +116,11 @@ print("ran")
     assert run(code, cwd=tmp_path) == "ran\n"
 
 
+def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    run(blocks[0] + "assert torch.isfinite(hidden.grad).all() and torch.isfinite(weight.grad).all()", cwd=tmp_path)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
 @pytest.mark.timeout(600)
 def test_transformers_finds_its_own_kernels_package_from_the_repository_root(tmp_path: Path) -> None:
