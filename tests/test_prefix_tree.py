@@ -3,8 +3,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import prefix_attention as oracle
 
+from oracles import prefix_attention as oracle
 from rlcore.prefix_tree import PrefixTree
 
 paths_strategy = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=14)

@@ -97,6 +97,7 @@ def _undisturbed(model: Any) -> Iterator[bool]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(_narrow_windows(model))
+        stack.enter_context(_without_reentrant_checkpoints(model))
         try:
             torch.set_float32_matmul_precision("highest")
             if upcast:
@@ -134,6 +135,24 @@ def _narrow_windows(model: Any) -> Iterator[None]:
     finally:
         for holder, name, value in before:
             setattr(holder, name, value)
+
+
+@contextmanager
+def _without_reentrant_checkpoints(model: Any) -> Iterator[None]:
+    """Reentrant checkpoints only know `.backward()`, which would leave gradients; the other kind is probed as it is."""
+    reentrant = [
+        m
+        for m in model.modules()
+        if getattr(m, "gradient_checkpointing", False)
+        and getattr(getattr(m, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant")
+    ]
+    try:
+        for m in reentrant:
+            m.gradient_checkpointing = False
+        yield
+    finally:
+        for m in reentrant:
+            m.gradient_checkpointing = True
 
 
 def _set_training(model: Any, mode: bool) -> None:

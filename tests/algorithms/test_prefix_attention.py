@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 import torch
-from accuracy import assert_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import prefix_attention as oracle
 from test_prefix_tree import paths_strategy
 
+from accuracy import assert_accurate
+from oracles import prefix_attention as oracle
 from rlcore.algorithms import prefix_attention as algorithm
 from rlcore.prefix_tree import PrefixTree
 
@@ -143,7 +143,7 @@ def test_plan_covers_every_visible_pair_once(paths):
     pairs = np.zeros((tree.M, tree.M), dtype=int)
     for part in algorithm.plan(tree.node_table):
         kept = np.zeros(part.queries.numel(), dtype=bool)
-        kept[:] = True if part.kept is None else False
+        kept[:] = part.kept is None
         if part.kept is not None:
             kept[part.kept.numpy()] = True
         rows = part.queries.flatten().numpy()[kept]

@@ -3,12 +3,12 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import prefix_attention as oracle
 
 import rlcore as rl
+from accuracy import assert_accurate
+from oracles import prefix_attention as oracle
 from rlcore.ops.prefix_attention import prefix_attention
 from rlcore.prefix_tree import PrefixTree
 
