@@ -143,8 +143,7 @@ def count_segments(ids: Tensor, keep: Tensor | None, num_segments: int | None) -
 def dense_ids(ids: Tensor) -> Tensor:
     """Ids renumbered 0, 1, ... in rising order, [N]; there are at most N, so no count has to be read back."""
     ordered, order = ids.sort(stable=True)
-    rank = torch.zeros_like(order)
-    rank[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
+    rank = torch.cat((order.new_zeros(1), (ordered[1:] != ordered[:-1]).cumsum(0)))[: order.shape[0]]
     return torch.zeros_like(order).scatter(0, order, rank)
 
 
@@ -173,7 +172,7 @@ class Rows(NamedTuple):
         elif isinstance(c, bool) or not isinstance(c, (int, float)):
             raise TypeError(f"{name}: expected a float or a tensor; got {type(c).__name__}")
         if isinstance(c, Tensor):
-            c = wide(c.to(self.like.device))
+            c = wide(c)
         ones = wide(torch.ones_like(self.sequence))
         return self.fill(ones * c, 1.0)
 
@@ -217,6 +216,5 @@ def rows_of(name: str, x: Tensor, offsets: Tensor | None, mask: Tensor | None) -
         sequence = torch.arange(count, device=x.device).unsqueeze(1).expand(x.shape).reshape(-1)
     else:
         raise ValueError(f"offsets: needed with {name} of shape {tuple(x.shape)}; without, {name} is padded [B, T]")
-    last = torch.ones_like(sequence, dtype=torch.bool)
-    last[:-1] = sequence[1:] != sequence[:-1]
+    last = torch.cat((sequence[1:] != sequence[:-1], sequence.new_ones(1, dtype=torch.bool)))[: sequence.shape[0]]
     return Rows(x, name, sequence, last, flat_mask(mask, x, name), count)

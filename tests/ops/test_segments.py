@@ -151,6 +151,36 @@ def test_only_the_gradients_asked_for_are_made():
     torch.testing.assert_close(delta.grad, ones)
 
 
+# ---- no host sync
+
+
+def test_nothing_waits_for_the_gpu():
+    """Meta tensors hold no numbers: reading one, as a host sync does, raises."""
+    n, S = 30, 4
+    offsets, ids = (torch.zeros(k, dtype=torch.int64, device="meta") for k in (S + 1, n))
+    floats = [torch.zeros(n, device="meta") for _ in range(5)]
+    masks = [None, torch.ones(n, dtype=torch.bool, device="meta"), torch.ones(n, device="meta")]
+    bootstrap = torch.zeros(S, device="meta")
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(floats[0].sum() > 0)
+    for mask, module in itertools.product(masks, (ops, reference)):
+        for y in scans(module, *floats[:3], offsets, *floats[3:], mask, bootstrap):
+            assert y.shape == (n,) and y.device.type == "meta"
+        for name in ("sum", "mean", "std", "min", "max", "count"):
+            reduce = getattr(module, f"segment_{name}")
+            assert reduce(floats[0], offsets=offsets, mask=mask).shape == (S,)
+            assert reduce(floats[0], ids, num_segments=7, mask=mask).shape == (7,)
+            assert reduce(floats[0].reshape(5, 6)).shape == (5,)
+        module.segment_topk(floats[0], 3, offsets=offsets, mask=mask)
+        module.segment_rank(floats[0], ids, num_segments=7, mask=mask)
+        module.whiten(floats[0], mask)
+        module.group_metrics(floats[0], ids, mask)
+        for center, scale in itertools.product(reference.CENTERS, reference.SCALES):
+            module.group_advantage(floats[0], ids, center, scale, weight=floats[1], mask=mask)
+    with pytest.raises(ValueError, match="num_segments: needed"):
+        ops.segment_sum(floats[0], ids)
+
+
 # ---- custom ops and compilation
 
 
