@@ -77,8 +77,8 @@ def test_segment_sum_of_infinities_and_nan_is_that_of_torch(dtype: torch.dtype) 
 
 
 def test_segment_sum_does_not_depend_on_threads() -> None:
-    values = torch.randn(200_000)
-    offsets = torch.cat([torch.tensor([0]), torch.randint(0, 200_001, (500,)).sort().values, torch.tensor([200_000])])
+    values = torch.randn(400_000)
+    offsets = torch.cat([torch.tensor([0]), torch.randint(0, 400_001, (500,)).sort().values, torch.tensor([400_000])])
     serial = torch.cat([segment_sum(values, offsets[s : s + 2]) for s in range(len(offsets) - 1)])
     before = torch.get_num_threads()
     try:
