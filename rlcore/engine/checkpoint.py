@@ -1,0 +1,186 @@
+"""Checkpoints that are whole or not there: safetensors and JSON, a manifest, one rename.
+
+    checkpoints/step-000100/ model/...  optimizer.safetensors  trainer.json  manifest.json
+
+Everything is written into a temporary directory beside the others, synced to the disk, and renamed. The manifest holds
+size and sha256 of every file; a directory that does not match it is never loaded. Model and tokenizer are in Hugging
+Face format, so `from_pretrained` loads a checkpoint's `model/` anywhere. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from rlcore.engine.errors import SaveError, UserError
+
+MANIFEST = "manifest.json"
+VERSION = 1
+
+
+class Saved(NamedTuple):
+    """A checkpoint on the disk."""
+
+    path: Path
+    step: int
+
+
+def save(root: Path, step: int, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, keep: int) -> Path:
+    """Writes `root/step-...` whole or not at all and removes all but the last `keep`; returns its path.
+
+    Raises SaveError where the disk is full or not writable; what was there before is left as it was.
+    """
+    from safetensors.torch import save as to_bytes
+
+    final = root / f"step-{step:06d}"
+    if final.exists() and why_unusable(final) is None:
+        return final
+
+    def write(directory: Path) -> None:
+        save_model(directory / "model", model, tokenizer)
+        (directory / "optimizer.safetensors").write_bytes(to_bytes(optimizer_tensors(model, optimizer)))
+        (directory / "trainer.json").write_text(json.dumps({"version": VERSION, "step": step}) + "\n")
+
+    write_directory(final, write)
+    for old in found(root)[:-keep]:
+        discard(old)
+    return final
+
+
+def load_latest(root: Path, say: Callable[[str], None]) -> Saved | None:
+    """The newest whole checkpoint under `root`, or None; damaged ones are named through `say` and passed over."""
+    for directory in reversed(found(root)):
+        problem = why_unusable(directory)
+        if problem is None:
+            state = json.loads((directory / "trainer.json").read_text())
+            if state["version"] != VERSION:
+                raise UserError(f"{directory} was written by another version of rlcore (format {state['version']})")
+            return Saved(directory, state["step"])
+        say(f"skipping {directory}: {problem}")
+    return None
+
+
+def restore_optimizer(directory: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Puts the optimizer's saved state back; parameters go by name, hyper-parameters stay those of `optimizer`."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(directory / "optimizer.safetensors")
+    for name, parameter in model.named_parameters():
+        prefix = name + "/"
+        for key in [key for key in tensors if key.startswith(prefix)]:
+            value = tensors[key]
+            # AdamW keeps its step count on the host.
+            optimizer.state[parameter][key[len(prefix) :]] = value if value.dim() == 0 else value.to(parameter.device)
+
+
+def optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state as one flat dict `parameter/moment`."""
+    return {
+        f"{name}/{key}": value.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def save_model(directory: Path, model: Any, tokenizer: Any) -> None:
+    """Model and tokenizer in Hugging Face format."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def write_directory(final: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a temporary directory, adds the manifest, syncs, and renames it to `final`.
+
+    Raises SaveError, with nothing left behind, where the machine can not write.
+    """
+    from safetensors import SafetensorError
+
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        manifest = {
+            str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": digest(path)}
+            for path in sorted(temporary.rglob("*"))
+            if path.is_file()
+        }
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        for path in [*temporary.rglob("*"), temporary]:
+            sync(path)
+        if final.exists():
+            discard(final)
+        os.replace(temporary, final)
+        sync(final.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SaveError(f"could not write {final}: {reason}") from error
+
+
+def why_unusable(directory: Path) -> str | None:
+    """Why a checkpoint can not be loaded, in a few words, or None where every file matches the manifest."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        for name, entry in manifest.items():
+            path = directory / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["size"]:
+                return f"{name} is cut short ({path.stat().st_size} of {entry['size']} bytes)"
+            if digest(path) != entry["sha256"]:
+                return f"{name} is damaged (its sha256 differs)"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"{MANIFEST} is missing or cut short"
+    return None
+
+
+def found(root: Path) -> list[Path]:
+    """All checkpoint directories under `root`, oldest step first."""
+    if not root.is_dir():
+        return []
+    steps = [(int(match[1]), path) for path in root.iterdir() if (match := re.fullmatch(r"step-(\d+)", path.name))]
+    return [path for _, path in sorted(steps)]
+
+
+def clean(root: Path) -> None:
+    """Removes what a killed process left half written. Only the holder of the run's lock may call it."""
+    if root.is_dir():
+        for path in root.glob(".*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def discard(directory: Path) -> None:
+    """Removes a directory so that it is never seen half removed."""
+    doomed = directory.with_name(f".{directory.name}.{os.getpid()}.old.tmp")
+    os.replace(directory, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    sha = hashlib.sha256()
+    while block := file.read(1 << 20):
+        sha.update(block)
+    return sha.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Forces a file's or directory's contents to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,178 @@
+"""What a run leaves behind and shows: metrics.jsonl, TensorBoard events, samples.jsonl, curves.png, the progress line.
+
+metrics.jsonl has one line per step, in order and once: on resume the lines after the checkpoint are cut off. Keys under
+`time/` are timings, the only numbers that differ between a run and its repetition.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rlcore.engine.rollout import Rollout
+
+PANELS = (
+    ("held-out accuracy", ("eval/accuracy",)),
+    ("reward", ("reward", "accuracy")),
+    ("entropy", ("policy/entropy",)),
+    ("answer length (tokens)", ("length",)),
+    ("gradient norm", ("policy/grad_norm",)),
+    ("mismatch sampler / trainer", ("mismatch_max", "mismatch_mean")),
+)
+
+
+class RunLog:
+    """Writes the files of one run and its progress to the terminal. Open it with `with`."""
+
+    def __init__(self, directory: Path, first_step: int, steps: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.directory = directory
+        self.metrics = cut(directory / "metrics.jsonl", first_step)
+        self.samples = cut(directory / "samples.jsonl", first_step)
+        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
+        self.screen = Screen(first_step, steps)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.screen.close()
+        self.metrics.close()
+        self.samples.close()
+        self.board.close()
+
+    def say(self, message: str) -> None:
+        """One line for the reader, above the progress bar."""
+        self.screen.say(message)
+
+    def step(self, step: int, record: dict[str, float]) -> None:
+        """Writes the metrics of a step everywhere."""
+        clean = {key: value if math.isfinite(value) else None for key, value in record.items()}
+        self.metrics.write(json.dumps({"step": step, **clean}) + "\n")
+        self.metrics.flush()
+        for key, value in record.items():
+            self.board.add_scalar(key, value, step)
+        self.screen.step(step, record)
+        if "eval/accuracy" in record:
+            self.curves()
+
+    def answers(self, step: int, rollout: Rollout, advantage: Tensor, count: int) -> None:
+        """Writes the first `count` answers of a step, with reward and the advantage [N] of the first token."""
+        assert rollout.batch.offsets is not None
+        of_answer = advantage[rollout.batch.offsets[:-1]].tolist()
+        group = len(rollout.texts) // len(rollout.problems)
+        for s, text in enumerate(rollout.texts[:count]):
+            problem = rollout.problems[s // group]
+            line = {"step": step, "prompt": problem.prompt, "answer": text, "reference": problem.answer}
+            line |= {"reward": float(rollout.reward[s]), "advantage": of_answer[s]}
+            self.samples.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.samples.flush()
+
+    def sync(self) -> None:
+        """Forces the text files to the disk, before a checkpoint that counts on them."""
+        for file in (self.metrics, self.samples):
+            os.fsync(file.fileno())
+
+    def conclude(self) -> None:
+        """Says what came of the run."""
+        accuracy = [r["eval/accuracy"] for r in read(self.directory / "metrics.jsonl") if "eval/accuracy" in r]
+        self.say(f"held-out accuracy: {accuracy[0]:.1%} before, {accuracy[-1]:.1%} after")
+        self.say(f"curves: {self.directory / 'curves.png'}")
+
+    def curves(self) -> None:
+        """Draws curves.png from metrics.jsonl."""
+        from matplotlib.figure import Figure
+
+        records = read(self.directory / "metrics.jsonl")
+        figure = Figure(figsize=(12, 6.5), layout="constrained")
+        for axis, (title, keys) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+            for key in keys:
+                points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+                if points:
+                    axis.plot(*zip(*points, strict=True), marker="o" if key.startswith("eval/") else "", label=key)
+            axis.set_title(title)
+            axis.set_xlabel("step")
+            axis.grid(alpha=0.3)
+            if len(keys) > 1:
+                axis.legend()
+        figure.suptitle(self.directory.name)
+        path = self.directory / "curves.png"
+        temporary = path.with_name(".curves.tmp.png")
+        figure.savefig(temporary, dpi=110)
+        os.replace(temporary, path)
+
+
+class Screen:
+    """A progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, first_step: int, steps: int) -> None:
+        self.done_before, self.steps, self.start = max(0, first_step - 1), steps, time.monotonic()
+        self.accuracy = math.nan
+        self.bar: Any = None
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.bar = Progress(
+                TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"),
+                TimeRemainingColumn(compact=True), TextColumn("left"),
+            )  # fmt: skip
+            self.task = self.bar.add_task("", total=steps, completed=self.done_before)
+            self.bar.start()
+
+    def step(self, step: int, record: dict[str, float]) -> None:
+        self.accuracy = record.get("eval/accuracy", self.accuracy)
+        if "reward" not in record:
+            return
+        line = f"reward {record['reward']:.3f}  held-out {self.accuracy:.1%}  {record['time/tokens_per_s']:,.0f} tokens/s"
+        if self.bar:
+            self.bar.update(self.task, completed=step, description=line)
+        elif step == self.steps or step % max(1, self.steps // 25) == 0:
+            left = (time.monotonic() - self.start) / (step - self.done_before) * (self.steps - step)
+            print(f"step {step}/{self.steps}  {line}  {left:.0f} s left", flush=True)
+
+    def say(self, message: str) -> None:
+        if self.bar:
+            self.bar.console.print(message, markup=False, highlight=False)
+        else:
+            print(message, flush=True)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file; a last line that a crash cut short is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def cut(path: Path, first_step: int) -> Any:
+    """Opens a JSONL file for appending after its records before `first_step`; what comes later or is damaged is cut off."""
+    file = path.open("a+b")
+    file.seek(0)
+    end = 0
+    for line in file:
+        try:
+            wanted = line.endswith(b"\n") and json.loads(line)["step"] < first_step
+        except (ValueError, KeyError, TypeError):
+            break
+        if not wanted:
+            break
+        end += len(line)
+    file.truncate(end)
+    file.close()
+    return path.open("a", encoding="utf-8")

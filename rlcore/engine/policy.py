@@ -1,0 +1,94 @@
+"""The model as the trainer sees it: log-probs of answers, and the loss of a micro-batch, in one of two layouts.
+
+tree: prompts and answers packed as a trie, every shared token computed once (`rl.trunk`), and the head folded into the
+loss, without logits in memory (`rl.linear_policy_loss`). padded: one row per answer, prompt repeated, logits and all;
+for models where trees are not exact. Both take the same batch and give the same loss and gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlcore.adapters.transformers import attach, head, trunk
+from rlcore.engine.errors import UserError
+from rlcore.layout import TokenBatch
+from rlcore.ops.policy_loss import Objective, policy_loss
+from rlcore.ops.vocab_head import linear_logprob, linear_policy_loss, logprob
+from rlcore.prefix_tree import PrefixTree
+
+Prompts = list[list[int]]
+Responses = list[list[list[int]]]
+
+
+class Policy:
+    """A Hugging Face causal LM with a layout; `why_padded` is the reason where trees could not be used."""
+
+    def __init__(self, model: Any, pad_id: int, layout: str = "auto", temperature: float = 1.0) -> None:
+        self.model, self.pad_id, self.temperature = model, pad_id, temperature
+        self.why_padded: str | None = None
+        self.layout = "padded"
+        if layout != "padded":
+            try:
+                attach(model)
+                self.layout = "tree"
+            except ValueError as error:
+                if layout == "tree":
+                    raise UserError(f"update.layout = tree does not fit this model: {error}") from None
+                self.why_padded = str(error)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def loss(
+        self, prompts: Prompts, responses: Responses, batch: TokenBatch, objective: Objective
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective on the answers' tokens, batch [N] in the order of `responses`, and its metrics."""
+        if self.layout == "tree":
+            hidden = trunk(self.model, answer_tree(prompts, responses, self.device))
+            return linear_policy_loss(hidden, batch=batch, objective=objective, **self._head())
+        out = logprob(self._logits(prompts, responses), batch.target, self.temperature, entropy=True)
+        return policy_loss(out.logp, batch, objective, entropy=out.entropy)
+
+    @torch.no_grad()
+    def logp(self, prompts: Prompts, responses: Responses, batch: TokenBatch) -> Tensor:
+        """Log-probs [N] of the answers' tokens, without gradient."""
+        if self.layout == "tree":
+            hidden = trunk(self.model, answer_tree(prompts, responses, self.device))
+            return linear_logprob(hidden, target=batch.target, **self._head()).logp
+        return logprob(self._logits(prompts, responses), batch.target, self.temperature).logp
+
+    def _head(self) -> dict[str, Any]:
+        return {**head(self.model)._asdict(), "temperature": self.temperature}
+
+    def _logits(self, prompts: Prompts, responses: Responses) -> Tensor:
+        """[N, V] at the positions that predict the answers' tokens, from right-padded rows with repeated prompts."""
+        pairs = [(prompt, answer) for prompt, group in zip(prompts, responses, strict=True) for answer in group]
+        width = max(len(prompt) + len(answer) for prompt, answer in pairs)
+        ids = [prompt + answer + [self.pad_id] * (width - len(prompt) - len(answer)) for prompt, answer in pairs]
+        start, length = (torch.tensor(x, device=self.device)[:, None] for x in zip(*((len(p), len(a)) for p, a in pairs)))
+        column = torch.arange(width, device=self.device)
+        logits = self.model(
+            torch.tensor(ids, device=self.device), attention_mask=(column < start + length).long(), use_cache=False
+        ).logits
+        return logits[(column >= start - 1) & (column < start + length - 1)]
+
+
+def answer_tree(prompts: Prompts, responses: Responses, device: torch.device) -> PrefixTree:
+    """A trie of prompts and answers whose predictions are the answers' tokens alone.
+
+    Beyond one copy of each prompt it shares what prompts have in common (an instruction) and what answers begin with.
+    """
+    pairs = [(prompt, answer) for prompt, group in zip(prompts, responses, strict=True) for answer in group]
+    trie = PrefixTree.from_paths([prompt + answer for prompt, answer in pairs])
+    prompt_length = torch.tensor([len(prompt) for prompt, _ in pairs])
+    offsets = torch.nn.functional.pad(torch.tensor([len(answer) for _, answer in pairs]).cumsum(0), (1, 0))
+    place = torch.arange(trie.N) - torch.repeat_interleave(trie.offsets[:-1], trie.offsets.diff())
+    keep = place >= torch.repeat_interleave(prompt_length - 1, trie.offsets.diff())
+    group = torch.tensor([g for g, answers in enumerate(responses) for _ in answers])
+    tree = replace(trie, target=trie.target[keep], loss_rows=trie.loss_rows[keep], offsets=offsets, group=group)
+    return tree.to(device)

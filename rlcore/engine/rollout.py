@@ -1,0 +1,88 @@
+"""Prompts -> answers, rewards and one flat TokenBatch: everything that a step learns from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlcore.engine.config import RolloutConfig
+from rlcore.engine.sampler import sample
+from rlcore.engine.tasks import Problem, Task
+from rlcore.layout import TENSORS, TokenBatch
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The answers of one step: P prompts with G answers each, S = P * G sequences, N answer tokens.
+
+    batch: target [N], offsets [S+1], group [S], rollout_logp [N] (of the distribution that was sampled from).
+    """
+
+    problems: list[Problem]  # P
+    prompts: list[list[int]]  # P token id lists
+    responses: list[list[list[int]]]  # P x G token id lists, the end token included
+    texts: list[str]  # S
+    reward: Tensor  # [S] float32
+    finished: Tensor  # [S] bool: ended with the end token
+    model_logp: Tensor  # [N] the sampler's log-probs before top-k and top-p
+    batch: TokenBatch
+
+
+def roll_out(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    problems: list[Problem],
+    config: RolloutConfig,
+    generator: torch.Generator,
+) -> Rollout:
+    """Samples config.samples answers to every problem and scores them with the task's verifier."""
+    prompts = [encode(tokenizer, problem.prompt) for problem in problems]
+    drawn = sample(
+        model,
+        prompts,
+        config.samples,
+        max_new_tokens=config.max_new_tokens,
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        generator=generator,
+    )
+    real = torch.arange(drawn.ids.shape[1], device=drawn.ids.device) < drawn.lengths[:, None]
+    offsets = torch.nn.functional.pad(drawn.lengths.cumsum(0), (1, 0))
+    group = torch.arange(len(problems), device=offsets.device).repeat_interleave(config.samples)
+    answers = [ids[:length] for ids, length in zip(drawn.ids.tolist(), drawn.lengths.tolist(), strict=True)]
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    rewards = [task.score(problems[s // config.samples], text) for s, text in enumerate(texts)]
+    return Rollout(
+        problems=problems,
+        prompts=prompts,
+        responses=[answers[s : s + config.samples] for s in range(0, len(answers), config.samples)],
+        texts=texts,
+        reward=torch.tensor(rewards, device=offsets.device),
+        finished=drawn.ids.gather(1, drawn.lengths[:, None] - 1).squeeze(1) == tokenizer.eos_token_id,
+        model_logp=drawn.model_logp[real],
+        batch=TokenBatch(drawn.ids[real], offsets, group=group, rollout_logp=drawn.behaviour_logp[real]),
+    )
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, without special tokens other than the model's own beginning-of-text."""
+    return tokenizer(text)["input_ids"]
+
+
+def take(batch: TokenBatch, sequences: Tensor) -> TokenBatch:
+    """The given sequences [K] of a flat batch as a minibatch with denominators of its own."""
+    assert batch.offsets is not None
+    lengths = batch.offsets.diff()[sequences]
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    shift = torch.repeat_interleave(batch.offsets[sequences] - offsets[:-1], lengths)
+    rows = torch.arange(int(offsets[-1]), device=shift.device) + shift
+    fields = {name: x for name in TENSORS if (x := getattr(batch, name)) is not None and name != "offsets"}
+    parts = {name: x[sequences] if name == "group" else x[rows] for name, x in fields.items()}
+    return replace(batch, **parts, offsets=offsets, totals=None)

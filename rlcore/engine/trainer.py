@@ -1,0 +1,260 @@
+"""The loop: sample prompts -> roll out -> reward -> advantage -> update -> evaluate -> log -> checkpoint.
+
+P prompts per step, G answers per prompt, S = P * G answers (sequences) of N tokens together. A step's answers are gone
+through `epochs` times; each pass deals the prompts, with all their answers, into minibatches, one optimizer step each;
+a minibatch goes through the model in micro-batches whose losses sum to the minibatch's loss.
+
+Everything random comes from a stream named by (seed, purpose, step). So step k follows from the weights and the
+optimizer's state after step k - 1 alone: that is all that a checkpoint holds, and a resumed run repeats an
+uninterrupted one bit by bit.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlcore.engine import checkpoint
+from rlcore.engine.config import Config
+from rlcore.engine.errors import Interrupted, UserError
+from rlcore.engine.evaluate import evaluate
+from rlcore.engine.logging import RunLog
+from rlcore.engine.model import load, load_or_make
+from rlcore.engine.policy import Policy
+from rlcore.engine.rollout import Rollout, roll_out, take
+from rlcore.engine.run import RunDirectory
+from rlcore.engine.seeding import generator, permutation
+from rlcore.engine.tasks import Task
+from rlcore.layout import merge_metrics
+from rlcore.methods import methods
+from rlcore.ops.policy_loss import Objective
+
+def train(config: Config, resume: bool = False) -> None:
+    """Runs `config.dir/config.name` from its start, or from its last good checkpoint, to its last step.
+
+    Raises UserError, SaveError or Interrupted, whose messages are meant for the user.
+    """
+    if config.method not in methods():
+        raise UserError(f"method: unknown key {config.method!r}; there are {', '.join(methods())}")
+    method = methods()[config.method]
+    device = choose_device(config)
+    with RunDirectory(Path(config.dir) / config.name, config, resume) as run, repeatable(config), StopSignal() as stop:
+        task = Task(config.task)
+        saved = checkpoint.load_latest(run.checkpoints, print) if resume else None
+        if saved is None:
+            first_step = 0
+            model, tokenizer = load_or_make(config, task, device, print)
+        else:
+            first_step = saved.step + 1
+            model, tokenizer = load(saved.path / "model")
+        policy = Policy(model.to(device), tokenizer.pad_token_id, config.update.layout, config.rollout.temperature)
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=config.update.lr,
+            betas=(config.update.beta1, config.update.beta2),
+            weight_decay=config.update.weight_decay,
+        )
+        if saved is not None:
+            checkpoint.restore_optimizer(saved.path, model, optimizer)
+        objective = method.objective(**clip_bounds(config, method.structure))
+
+        with RunLog(run.path, first_step, config.steps) as log:
+            log.say(introduction(config, policy, task, run, first_step))
+            # Step 0 is the evaluation before any training.
+            for step in range(first_step, config.steps + 1):
+                start = time.perf_counter()
+                record: dict[str, float] = {}
+                if step > 0:
+                    problems = task.prompts(step - 1, config.rollout.prompts, config.seed)
+                    stream = generator(config.seed, "rollout", step, device=device)
+                    rollout = roll_out(model, tokenizer, task, problems, config.rollout, stream)
+                    record["time/rollout"] = time.perf_counter() - start
+
+                    reward = rollout.reward
+                    if config.shuffle_rewards:
+                        reward = reward[permutation(len(reward), config.seed, "shuffle", step)]
+                    advantage = method.advantage(reward, rollout.batch)
+                    record |= update(policy, optimizer, objective, rollout, advantage, config, step)
+                    record |= summary(rollout)
+                    record["time/step"] = time.perf_counter() - start
+                    record["time/tokens_per_s"] = token_count(rollout) / record["time/step"]
+                    log.answers(step, rollout, advantage, config.log_samples)
+
+                if is_due(step, config.eval.every, config.steps) or step == 0:
+                    start = time.perf_counter()
+                    record |= evaluate(model, tokenizer, task, config, device)
+                    record["time/eval"] = time.perf_counter() - start
+                log.step(step, record)
+
+                if is_due(step, config.checkpoint_every, config.steps) or step == 0 or stop.requested:
+                    log.sync()
+                    checkpoint.save(run.checkpoints, step, model, tokenizer, optimizer, config.keep)
+                if stop.requested and step < config.steps:
+                    raise Interrupted(f"Stopped after step {step}. Go on with: rlcore train --resume {run.path}")
+            log.conclude()
+
+
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    rollout: Rollout,
+    advantage: Tensor,
+    config: Config,
+    step: int,
+) -> dict[str, float]:
+    """The optimizer steps on one rollout, advantage [N]; returns the metrics of the policy, averaged over them."""
+    start = time.perf_counter()
+    P, G = len(rollout.prompts), config.rollout.samples
+    old_logp = trainer_logp(policy, rollout, config)
+    batch = replace(rollout.batch, advantage=advantage, old_logp=old_logp)
+    optimizer.param_groups[0]["lr"] = learning_rate(config, step)
+
+    steps: list[dict[str, Tensor]] = []
+    for epoch in range(config.update.epochs):
+        order = torch.tensor(permutation(P, config.seed, "minibatches", step, epoch))
+        for chosen in order.tensor_split(config.update.minibatches):
+            groups = chosen.sort().values.tolist()
+            sequences = torch.tensor([g * G + i for g in groups for i in range(G)], device=batch.device)
+            parts: list[dict[str, Tensor]] = []
+            for micro in take(batch, sequences).split(config.update.micro_tokens, by="group"):
+                assert micro.sequences is not None
+                own = groups[micro.sequences.start // G : micro.sequences.stop // G]
+                prompts, responses = [rollout.prompts[g] for g in own], [rollout.responses[g] for g in own]
+                loss, metrics = policy.loss(prompts, responses, micro, objective)
+                loss.backward()
+                parts.append({"loss": loss.detach(), **metrics})
+            norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.update.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            steps.append({**merge_metrics(parts), "grad_norm": norm})
+
+    mismatch = (old_logp - rollout.model_logp).abs()
+    averages = {f"policy/{key}": torch.stack([s[key] for s in steps]).float().mean().item() for key in steps[0]}
+    return {
+        **averages,
+        "mismatch_max": mismatch.max().item(),
+        "mismatch_mean": mismatch.mean().item(),
+        "lr": optimizer.param_groups[0]["lr"],
+        "time/update": time.perf_counter() - start,
+    }
+
+
+def trainer_logp(policy: Policy, rollout: Rollout, config: Config) -> Tensor:
+    """Log-probs [N] of the rollout's tokens under the policy that the update starts from, as the trainer computes them."""
+    G = config.rollout.samples
+    parts = []
+    for micro in rollout.batch.split(config.update.micro_tokens, by="group"):
+        assert micro.sequences is not None
+        own = slice(micro.sequences.start // G, micro.sequences.stop // G)
+        parts.append(policy.logp(rollout.prompts[own], rollout.responses[own], micro))
+    return torch.cat(parts)
+
+
+def summary(rollout: Rollout) -> dict[str, float]:
+    """What the answers of a step were like, means over all S of them."""
+    S = len(rollout.texts)
+    in_group = rollout.reward.reshape(len(rollout.prompts), -1)
+    return {
+        "reward": rollout.reward.mean().item(),
+        "accuracy": (rollout.reward >= 1).float().mean().item(),
+        "length": rollout.batch.N / S,
+        "finished": rollout.finished.float().mean().item(),
+        "groups_without_signal": (in_group.amax(1) == in_group.amin(1)).float().mean().item(),
+    }
+
+
+def token_count(rollout: Rollout) -> int:
+    """Tokens of a step: prompts once, and all answers."""
+    return sum(map(len, rollout.prompts)) + rollout.batch.N
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Linear warm-up over `warmup` steps, then a straight line to lr * final_lr at the last step. Steps count from 1."""
+    update = config.update
+    rise = min(1.0, step / max(1, update.warmup))
+    fall = 1 - (1 - update.final_lr) * (step - 1) / max(1, config.steps - 1)
+    return update.lr * rise * fall
+
+
+def clip_bounds(config: Config, structure: dict[str, Any]) -> dict[str, Any]:
+    """The method's clip range with the configured ends replaced."""
+    low, high = structure.get("clip", (0.2, 0.2))
+    given_low, given_high = config.update.clip_low, config.update.clip_high
+    return {"clip": (low if given_low is None else given_low, high if given_high is None else given_high)}
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    return step == last or every > 0 and step % every == 0
+
+
+def choose_device(config: Config) -> torch.device:
+    """The configured device, or cuda where there is one, else the CPU."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {name!r} can not be used: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+def introduction(config: Config, policy: Policy, task: Task, run: RunDirectory, first_step: int) -> str:
+    """What is about to happen, in a few lines."""
+    size = sum(parameter.numel() for parameter in policy.model.parameters())
+    layout = "prefix trees and the folded head" if policy.layout == "tree" else "plain padded batches"
+    if policy.why_padded:
+        layout += f", because prefix trees are not exact for this model: {policy.why_padded}"
+    return (
+        f"{run.path}: {config.method} on {task.name}, seed {config.seed}, from step {first_step} to {config.steps}\n"
+        f"{type(policy.model).__name__}, {size / 1e6:.2f}M parameters on {policy.device}; updates through {layout}\n"
+        f"{len(task.train)} training and {len(task.held_out)} held-out problems; "
+        f"{config.rollout.prompts} x {config.rollout.samples} answers per step"
+        + ("; rewards are shuffled (control)" if config.shuffle_rewards else "")
+    )
+
+
+@contextmanager
+def repeatable(config: Config) -> Iterator[None]:
+    """The configured number of threads and deterministic algorithms inside the block."""
+    threads, mode = torch.get_num_threads(), torch.get_deterministic_debug_mode()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.set_num_threads(config.threads or threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_deterministic_debug_mode(mode)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+class StopSignal:
+    """Ctrl-C or a termination signal lets the step end and a checkpoint be written; a second one stops at once."""
+
+    requested = False
+
+    def __enter__(self) -> StopSignal:
+        self.before = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nFinishing the step and saving; once more to stop at once.", flush=True)
