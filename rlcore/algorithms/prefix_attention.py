@@ -7,26 +7,25 @@ Rows are packed depth first, so one integer per key is the whole mask (own):
     z_ij = s_ij, or softcap * tanh(s_ij / softcap);   s_ij = scale * (q_i . k_j)
 
 Composition: an unbranched run [a, b) whose descendants end at e sees itself causally, and the rows [b, e) see all of
-it. So the forest is one causal block per run plus one dense rectangle per run with descendants; each row's parts are
-merged by log-sum-exp. In the backward pass every part gets the merged output and the global log-sum-exp: the part's
-probabilities are then the global ones and delta_i = do_i . o_i is the global one, so the gradients simply add up.
+it. So the forest is one causal block per run plus one dense rectangle per run with descendants (a small subtree is one
+masked block, which saves calls); each row's parts are merged by log-sum-exp. In the backward pass every part gets the
+merged output and the global log-sum-exp: the part's probabilities are then the global ones and delta_i = do_i . o_i is
+the global one, so the gradients simply add up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from rlcore.algorithms.prefix_attention_plan import Part, plan
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-# Runs up to this length share a call with runs of similar length; a longer one fills a call by itself.
-_SMALL = 64
 _BLOCK_ELEMENTS = 1 << 24
 
 
@@ -74,78 +73,6 @@ def visible(
     return mask
 
 
-class Part(NamedTuple):
-    """Equal-shaped blocks for one call: queries [B, Lq] and keys [B, Lk] are packed rows.
-
-    Blocks shorter than Lq repeat their last query (and, where causal, their last key); `kept` [n] selects the real
-    queries of the flattened [B * Lq], None where all are real. The slices stand in for the rows of a single block.
-    """
-
-    causal: bool
-    queries: Tensor
-    keys: Tensor
-    kept: Tensor | None
-    query_slice: slice | None
-    key_slice: slice | None
-
-    @property
-    def rows(self) -> Tensor:
-        flat = self.queries.flatten()
-        return flat if self.kept is None else flat[self.kept]
-
-
-def plan(node_table: Tensor) -> tuple[Part, ...]:
-    """The parts of a forest, causal blocks first (they cover each row once), from its host-side node table [K, 4]."""
-    return _plan(node_table.numpy().tobytes())
-
-
-@lru_cache(maxsize=32)
-def _plan(table: bytes) -> tuple[Part, ...]:
-    nodes = np.frombuffer(table, dtype=np.int64).reshape(-1, 4).tolist()
-    causal: dict[tuple[int, ...], list[tuple[int, int, int, int]]] = {}
-    dense: dict[tuple[int, ...], list[tuple[int, int, int, int]]] = {}
-    level: list[int] = []
-    shape: tuple[int, ...]
-    for k, (start, stop, end, parent) in enumerate(nodes):
-        level.append(level[parent] + 1 if parent >= 0 else 0)
-        length, below = stop - start, end - stop
-        if not length:
-            continue  # the flash call would not survive an empty block
-        shape = (_rounded(length),) if length <= _SMALL else (length, k)
-        causal.setdefault(shape, []).append((start, stop, start, stop))
-        if below:
-            # Two rectangles of one level never share a row, so a call can merge all of its rows at once.
-            small = length <= _SMALL and below <= 4 * _SMALL
-            shape = (level[k], length, _rounded(below)) if small else (level[k], length, below, k)
-            dense.setdefault(shape, []).append((stop, end, start, stop))
-    parts = [_part(blocks, True) for blocks in causal.values()]
-    return tuple(parts + [_part(blocks, False) for blocks in dense.values()])
-
-
-def _rounded(length: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: at most a third of a padded block is padding."""
-    power = 1 << (length - 1).bit_length()
-    return 3 * power // 4 if power >= 4 and length <= 3 * power // 4 else power
-
-
-def _part(blocks: list[tuple[int, int, int, int]], causal: bool) -> Part:
-    q_start, q_stop, k_start, k_stop = np.asarray(blocks, dtype=np.int64).T
-    longest = int((q_stop - q_start).max())
-    steps = np.arange(longest)
-    queries = np.minimum(q_start[:, None] + steps, q_stop[:, None] - 1)
-    keys = queries if causal else k_start[:, None] + np.arange(int((k_stop - k_start)[0]))
-    kept = np.flatnonzero((steps < (q_stop - q_start)[:, None]).ravel())
-    single = len(blocks) == 1
-    return Part(
-        causal=causal,
-        queries=torch.from_numpy(queries),
-        keys=torch.from_numpy(np.ascontiguousarray(keys)),
-        kept=None if len(kept) == queries.size else torch.from_numpy(kept),
-        query_slice=slice(int(q_start[0]), int(q_stop[0])) if single else None,
-        key_slice=slice(int(k_start[0]), int(k_stop[0])) if single else None,
-    )
-
-
 def _blocks(x: Tensor, rows: Tensor, run: slice | None) -> Tensor:
     """x [M, H, D] -> [B, H, L, D] of the rows [B, L]: a view for one run, a copy otherwise."""
     taken = x[run][None] if run is not None else x.index_select(0, rows.flatten()).unflatten(0, rows.shape)
@@ -182,15 +109,16 @@ def composed_forward(
             _blocks(k, part.keys, part.key_slice),
             _blocks(v, part.keys, part.key_slice),
             0.0,
-            part.causal,
+            part.own and part.mask is None,
+            attn_mask=part.bias(q.dtype),
             scale=scale,
         )
         new_o, new_lse = _rows(part_o, part).to(work), _rows(part_lse, part)
-        rows = part.rows
-        if not part.causal:
+        if not part.own:
+            rows = part.rows
             new_o, new_lse = _merge(o.index_select(0, rows), lse.index_select(0, rows), new_o, new_lse)
-        o.index_copy_(0, rows, new_o)
-        lse.index_copy_(0, rows, new_lse)
+        o.index_copy_(0, part.rows, new_o)
+        lse.index_copy_(0, part.rows, new_lse)
     if sink is not None:
         with_sink = torch.logaddexp(lse, sink.to(work))
         o.mul_(torch.exp(lse - with_sink).unsqueeze(-1))
@@ -222,9 +150,8 @@ def composed_backward(
     dq, dk, dv = (torch.zeros(x.shape, dtype=work) for x in (q, k, v))
     for part in plan(node_table):
         part_do = _blocks(do, part.queries, part.query_slice)
-        if part.kept is not None:
-            real = torch.zeros(part.queries.numel(), dtype=torch.bool).index_fill_(0, part.kept, True)
-            part_do = part_do.masked_fill(~real.view(len(part.queries), 1, -1, 1), 0)
+        if part.padding is not None:
+            part_do = part_do.masked_fill(part.padding, 0)
         grads = _flash_backward(
             part_do,
             _blocks(q, part.queries, part.query_slice),
@@ -233,11 +160,12 @@ def composed_backward(
             _blocks(o, part.queries, part.query_slice),
             _blocks(lse.unsqueeze(-1), part.queries, part.query_slice).squeeze(-1),
             0.0,
-            part.causal,
+            part.own and part.mask is None,
+            attn_mask=part.bias(q.dtype),
             scale=scale,
         )
         _accumulate(dq, part.queries, part.query_slice, grads[0], part.kept)
-        kept_keys = part.kept if part.causal else None
+        kept_keys = part.kept if part.own else None
         _accumulate(dk, part.keys, part.key_slice, grads[1], kept_keys)
         _accumulate(dv, part.keys, part.key_slice, grads[2], kept_keys)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), _sink_gradient(do, o, lse, sink)

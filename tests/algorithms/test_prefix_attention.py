@@ -1,3 +1,5 @@
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from test_prefix_tree import paths_strategy
 from accuracy import assert_accurate
 from oracles import prefix_attention as oracle
 from rlcore.algorithms import prefix_attention as algorithm
+from rlcore.algorithms import prefix_attention_plan as planner
 from rlcore.prefix_tree import PrefixTree
 
 GROUPS = (
@@ -106,18 +109,34 @@ def test_reference_and_blocked_against_oracle(forest, dtype, option, sink, monke
 @pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("small", [3, 64])
 @pytest.mark.parametrize("forest", FORESTS)
-def test_composition_against_oracle(forest, dtype, heads, sink):
+def test_composition_against_oracle(forest, small, dtype, heads, sink):
     tree, rows = FORESTS[forest]
-    check(composed(tree, 0.4), tree, rows, dtype, sink, {}, Hq=heads[0], Hkv=heads[1])
+    with calls_for(small):
+        check(composed(tree, 0.4), tree, rows, dtype, sink, {}, Hq=heads[0], Hkv=heads[1])
 
 
-@given(paths_strategy, st.booleans())
-@settings(max_examples=40, deadline=None)
-def test_composition_on_random_tries(paths, sink):
+@contextmanager
+def calls_for(small):
+    """Plans made with another size up to which blocks share a call."""
+    usual, planner._SMALL = planner._SMALL, small
+    planner._plan.cache_clear()
+    try:
+        yield
+    finally:
+        planner._SMALL = usual
+        planner._plan.cache_clear()
+
+
+@pytest.mark.parametrize("small", [1, 5, 64])
+@given(paths=paths_strategy, sink=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_composition_on_random_tries(small, paths, sink):
     tree = PrefixTree.from_paths(paths)
     q, k, v, do, s = problem(tree, torch.float64, D=4, sink=sink)
-    got = composed(tree, 0.4)(q, k, v, do, s)
+    with calls_for(small):
+        got = composed(tree, 0.4)(q, k, v, do, s)
     expected = differentiated(tree, 0.4, {})(q, k, v, do, s)
     for x, y in zip(got, expected, strict=False):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13)
@@ -131,17 +150,21 @@ def test_merge_is_stable_for_extreme_scores(size):
     inputs = problem(tree, torch.float32, sink=True, size=size)
     single = composed(tree, 1.0)(*inputs)
     double = composed(tree, 1.0)(*(x.double() for x in inputs))
-    for got, expected in zip(single, double, strict=True):
-        # A log-sum-exp in the thousands has a float32 rounding of 1e-4, which every recomputed probability inherits.
-        assert (got.double() - expected).abs().max() <= 1e-3 * max(1.0, float(expected.abs().max()))
+    # A log-sum-exp in the thousands has a float32 rounding of 1e-4, which every recomputed probability inherits.
+    units = {"o": 1, "dq": 1, "dk": size, "dv": 1, "dsink": 1}
+    for (name, unit), got, expected in zip(units.items(), single, double, strict=True):
+        assert (got.double() - expected).abs().max() <= 1e-3 * max(1, unit), name
 
 
-@given(paths_strategy)
-@settings(max_examples=40, deadline=None)
-def test_plan_covers_every_visible_pair_once(paths):
+@pytest.mark.parametrize("small", [1, 5, 64])
+@given(paths=paths_strategy)
+@settings(max_examples=25, deadline=None)
+def test_plan_covers_every_visible_pair_once(small, paths):
     tree = PrefixTree.from_paths(paths)
     pairs = np.zeros((tree.M, tree.M), dtype=int)
-    for part in algorithm.plan(tree.node_table):
+    with calls_for(small):
+        parts = algorithm.plan(tree.node_table)
+    for part in parts:
         kept = np.zeros(part.queries.numel(), dtype=bool)
         kept[:] = part.kept is None
         if part.kept is not None:
@@ -151,23 +174,27 @@ def test_plan_covers_every_visible_pair_once(paths):
         for b, (queries, keys) in enumerate(zip(part.queries.tolist(), part.keys.tolist(), strict=True)):
             for t, i in enumerate(queries):
                 if kept[b * len(queries) + t]:
-                    for j in keys[: t + 1] if part.causal else keys:
+                    seen = keys[: t + 1] if part.own else keys
+                    if part.mask is not None:
+                        seen = [j for j, visible in zip(keys, part.mask[b, 0, t].tolist(), strict=True) if visible]
+                    for j in seen:
                         pairs[i, j] += 1
     rows = torch.arange(tree.M)
     assert np.array_equal(pairs, algorithm.visible(rows, rows, tree.end, tree.position, tree.position, None).numpy())
 
 
-def test_zero_length_nodes_never_reach_the_flash_call():
+@pytest.mark.parametrize("small", [1, 64])
+def test_zero_length_nodes_never_reach_the_flash_call(small):
     tree = PrefixTree.from_paths([[1, 2], [1, 3]])
-    table = tree.node_table.tolist()
-    padded = torch.tensor([table[0], [1, 1, 1, 0], table[1], [2, 2, 3, 0], table[2], [3, 3, 3, -1]])
-    padded[[2, 4], 3] = 0
+    root, left, right = tree.node_table.tolist()
+    padded = torch.tensor([root, [1, 1, 1, 0], [*left[:3], 0], [2, 2, 3, 0], [*right[:3], 0], [3, 3, 3, -1]])
     q, k, v, do, _ = problem(tree, torch.float64)
-    o, lse = algorithm.composed_forward(q, k, v, tree.node_table, 0.4, None)
-    o2, lse2 = algorithm.composed_forward(q, k, v, padded, 0.4, None)
+    with calls_for(small):
+        o, lse = algorithm.composed_forward(q, k, v, tree.node_table, 0.4, None)
+        o2, lse2 = algorithm.composed_forward(q, k, v, padded, 0.4, None)
+        one = algorithm.composed_backward(do, q, k, v, o, lse, tree.node_table, 0.4, None)
+        other = algorithm.composed_backward(do, q, k, v, o, lse, padded, 0.4, None)
     assert torch.equal(o, o2) and torch.equal(lse, lse2)
-    one = algorithm.composed_backward(do, q, k, v, o, lse, tree.node_table, 0.4, None)
-    other = algorithm.composed_backward(do, q, k, v, o, lse, padded, 0.4, None)
     assert all(torch.equal(x, y) for x, y in zip(one[:3], other[:3], strict=True))
 
 
