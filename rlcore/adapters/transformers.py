@@ -73,7 +73,7 @@ def attach(model: Any) -> Any:
         inner._rlcore = probe.verify(model)
     except BaseException as error:
         restore()
-        if isinstance(error, (AttachError, KeyboardInterrupt)):
+        if isinstance(error, AttachError) or not isinstance(error, Exception):
             raise
         raise AttachError(f"{type(inner).__name__}: the probe failed: {type(error).__name__}: {error}") from error
     return model

@@ -94,6 +94,7 @@ def _undisturbed(model: Any) -> Iterator[bool]:
     upcast = sum(p.numel() for p, _ in weights) <= UPCAST_LIMIT
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(_narrow_windows(model))

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import time
 
 import pytest
 import torch
@@ -251,13 +252,19 @@ def test_the_probe_leaves_nothing_behind(name, dtype):
     assert attach(model) is model
 
 
-def test_the_probe_is_quick(benchmark_seconds=1.0):
-    import time
-
+def test_the_probe_is_quick():
     model = build("Qwen3", hidden_size=128, intermediate_size=256, vocab_size=1000)
-    start = time.perf_counter()
+    start = time.process_time()
     attach(model)
-    assert time.perf_counter() - start < benchmark_seconds
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_attach_works_where_gradients_are_off(context):
+    model = build("Qwen3")
+    with context():
+        attach(model)
+    check_exact(model, 1e-5)
 
 
 REFUSED = {
@@ -427,10 +434,20 @@ def test_trunk_wants_the_models_device():
         trunk(model, group_tree()[0].to("meta"))
 
 
+def test_an_attached_model_compiles_whole_without_a_tree():
+    torch._dynamo.reset()
+    model = build("Qwen3", num_hidden_layers=1).eval()
+    ids = torch.randint(3, 40, (2, 7))
+    expected = model(ids).logits
+    compiled = torch.compile(attach(model), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids).logits, expected)
+
+
 @pytest.mark.slow
 def test_compiled_decoder_on_trees():
     model = attach(build("Qwen3")).eval()
     expected = [trunk(model, tree) for tree, _ in (group_tree(), deep_tree())]
-    model.model.compile(backend="aot_eager")
+    torch._dynamo.reset()
+    model.model.compile(fullgraph=True, backend="aot_eager")
     for (tree, _), reference in zip((group_tree(), deep_tree()), expected, strict=True):
         torch.testing.assert_close(trunk(model, tree), reference)
