@@ -209,9 +209,8 @@ def folded(
     prepared = prepare_chunks(batch, objective, dtype)
     mask = prepared.batch.mask
     rows = chunks.kept_rows(mask, N)
-    target = prepared.batch.target.long()
+    target, scale = chunks.neutral(mask, prepared.batch.target.long(), scale)
     chunks.check_target(target, V, rows)
-    target, scale = chunks.neutral(mask, target, scale)
     gradients = HeadGradients(hidden, weight, needs, dtype)
     walk = Walk(hidden, weight, bias, target, mask, scale, prepared, objective, gradients,
                 chunks.logits_buffer(weight, min(bound, chunks.count(rows)), dtype))  # fmt: skip

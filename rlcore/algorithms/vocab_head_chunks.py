@@ -209,15 +209,23 @@ def is_one(x: Tensor) -> bool:
     return x.dim() == 0 and x.device.type == "cpu" and x.item() == 1.0
 
 
-def scale_(a: Tensor, scale: Scale) -> Tensor:
-    """Raw logits -> logits z, in place."""
+def bend_(a: Tensor, scale: Scale) -> Tensor:
+    """Raw logits -> what stays in a chunk's buffer, in place: z, or tanh(logit_scale * a / softcap) with a softcap.
+
+    The slope 1 - tanh^2 needs the tanh itself: made again from z it has lost its last digits where the cap saturates.
+    """
     if not is_one(scale.logit_scale):
         a.mul_(scale.logit_scale)
     if scale.softcap is not None:
-        a.div_(scale.softcap).tanh_().mul_(scale.softcap)
-    if not is_one(scale.temperature):
+        a.div_(scale.softcap).tanh_()
+    elif not is_one(scale.temperature):
         a.div_(scale.column())
     return a
+
+
+def logits_of(bent: Tensor, scale: Scale) -> Tensor:
+    """The logits z of a buffer: itself, or a new tensor with a softcap."""
+    return bent if scale.softcap is None else (bent * scale.softcap).div_(scale.column())
 
 
 def valid_labels(target: Tensor, V: int) -> tuple[Tensor, Tensor]:
@@ -240,25 +248,23 @@ def block_statistics(z: Tensor, target: Tensor, entropy: bool) -> RowStatistics:
 
 
 def statistics_(a: Tensor, target: Tensor, scale: Scale, entropy: bool) -> RowStatistics:
-    """Row pass 1 over a chunk of raw logits [n, V]: a becomes z in place; returns its statistics."""
+    """Row pass 1 over a chunk of raw logits [n, V], which are bent in place; returns its statistics."""
     out = RowStatistics(*(a.new_empty(a.shape[0]) for _ in RowStatistics._fields))
-    for rows in blocks(*a.shape, a.dtype, a.device):
-        z = scale_(a[rows], scale.of(rows))
+    for rows in blocks(a.shape[0], a.shape[1], a.dtype, a.device):
+        z = logits_of(bend_(a[rows], scale.of(rows)), scale.of(rows))
         for x, y in zip(out, block_statistics(z, target[rows], entropy), strict=True):
             x[rows] = y
     return out
 
 
-def block_gradient_(z: Tensor, target: Tensor, stats: RowStatistics, d: Coefficients, scale: Scale) -> Tensor:
-    """Logits z -> d loss / d raw logits of a block, in place.
+def block_gradient_(bent: Tensor, target: Tensor, stats: RowStatistics, d: Coefficients, scale: Scale) -> Tensor:
+    """What `bend_` left of a block -> d loss / d raw logits, in place.
 
     d loss / d z_v = d_logp (1[v = y] - p_v) - d_entropy p_v (log p_v + H); times dz/da = logit_scale (1 - tanh^2) / T.
     """
+    z = logits_of(bent, scale)
     label, valid = valid_labels(target, z.shape[1])
     d_logp = torch.where(valid, d.logp, torch.nan)
-    slope = None
-    if scale.softcap is not None:
-        slope = (z * scale.column()).div_(scale.softcap).square_().neg_().add_(1)
     z.sub_(stats.maximum[:, None]).sub_(stats.log_sum[:, None]).clamp_(min=LOG_ZERO)
     p = z.exp()
     if d.entropy is None:
@@ -266,19 +272,17 @@ def block_gradient_(z: Tensor, target: Tensor, stats: RowStatistics, d: Coeffici
     else:
         z.add_(stats.entropy[:, None]).mul_(d.entropy[:, None]).add_(d_logp[:, None]).mul_(p).neg_()
     z.scatter_add_(1, label[:, None], d_logp[:, None])
-    if slope is not None:
-        z.mul_(slope)
     if not is_one(scale.logit_scale):
         z.mul_(scale.logit_scale)
     if not is_one(scale.temperature):
         z.div_(scale.column())
-    return z
+    return z if scale.softcap is None else bent.square_().neg_().add_(1).mul_(z)
 
 
 def gradient_(
     z: Tensor, target: Tensor, stats: RowStatistics, d: Coefficients, scale: Scale, *, raw: bool, drop: bool = False
 ) -> tuple[Tensor, Rows]:
-    """Row pass 2 over a chunk, in place: raw logits (`raw`, recompute) or logits z -> d loss / d raw logits.
+    """Row pass 2 over a chunk, in place: raw logits (`raw`, recompute) or bent ones -> d loss / d raw logits.
 
     With `drop`, rows whose coefficients are zero leave: the others move to the front of the same buffer. Returns the
     gradient of the rows that are left and which ones they are.
@@ -290,7 +294,7 @@ def gradient_(
         rows: Rows = block if isinstance(keep, slice) else keep[block]
         part = z[rows]  # a view of a range, a copy of scattered rows
         if raw:
-            scale_(part, scale.of(rows))
+            bend_(part, scale.of(rows))
         block_gradient_(part, target[rows], stats.of(rows), d.of(rows), scale.of(rows))
         if not isinstance(rows, slice):
             z[block] = part  # never ahead of a row that is still to be read: block <= rows
@@ -326,8 +330,8 @@ def forward_chunks(
     """Statistics of every row [N], zero where masked: 2NHV. With `gradient` also d logp / d hidden [N, H]: 4NHV."""
     N, V, dtype = hidden.shape[0], weight.shape[0], scale.logit_scale.dtype
     rows = kept_rows(mask, N) if rows is None else rows
-    check_target(target, V, rows)
     target, scale = neutral(mask, target, scale)
+    check_target(target, V, rows)
     stats = empty_statistics(N, dtype, hidden.device)
     slope = HeadGradients(hidden, weight, (gradient, False, False), dtype)
     bound = chunk_rows(V, dtype, hidden.device)

@@ -36,11 +36,11 @@ def score_blocks(logits: Tensor, keep: Tensor | None, dtype: torch.dtype) -> Ite
 def statistics(logits: Tensor, target: Tensor, keep: Tensor | None, scale: Scale, *, entropy: bool) -> RowStatistics:
     """Statistics of logits [N, V] or [B, T, V] per flat row [N], 0 where masked; target and keep are flat [N]."""
     dtype, N = scale.logit_scale.dtype, target.shape[0]
-    chunks.check_target(target, logits.shape[-1], chunks.kept_rows(keep, N))
     target, scale = chunks.neutral(keep, target, scale)
+    chunks.check_target(target, logits.shape[-1], chunks.kept_rows(keep, N))
     stats = chunks.empty_statistics(N, dtype, logits.device)
     for z, rows in score_blocks(logits, keep, dtype):
-        found = chunks.block_statistics(chunks.scale_(z, scale.of(rows)), target[rows], entropy)
+        found = chunks.block_statistics(chunks.bend_(z, scale.of(rows)), target[rows], entropy)
         for x, y in zip(stats, found, strict=True):
             x[rows] = y
     if keep is not None and not chunks.compacts(keep.device):
@@ -60,6 +60,6 @@ def gradient(
     flat = out.view(-1, V)
     moved = d.nonzero() if chunks.compacts(logits.device) else keep
     for z, rows in score_blocks(logits, moved, dtype):
-        chunks.scale_(z, scale.of(rows))
+        chunks.bend_(z, scale.of(rows))
         flat[rows] = chunks.block_gradient_(z, target[rows], stats.of(rows), d.of(rows), scale.of(rows)).to(out.dtype)
     return out

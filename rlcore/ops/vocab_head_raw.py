@@ -18,10 +18,17 @@ from rlcore.algorithms.policy_loss import metric_names
 from rlcore.algorithms.vocab_head_chunks import Coefficients, RowStatistics, Scale
 from rlcore.layout import TokenBatch
 
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor]
+
 
 def no_autocast(x: Tensor) -> torch.autocast:
     """The passes have chosen their dtypes; an autocast region around a call must not round their products."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def four_empty(like: Tensor, N: int) -> Four:
+    return like.new_empty(N), like.new_empty(N), like.new_empty(N), like.new_empty(N)
 
 
 @torch.library.custom_op("rlcore::linear_logprob_forward", mutates_args=())
@@ -35,17 +42,27 @@ def linear_logprob_forward(
     softcap: Tensor | None,
     logit_scale: Tensor,
     entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Four:
     """2NHV: (maximum, log_sum, logp, entropy), each [N]."""
     with no_autocast(hidden):
         scale = Scale(temperature, softcap, logit_scale)
         stats, _ = chunks.forward_chunks(hidden, weight, bias, target.long(), mask, scale, entropy=entropy)
-    return tuple(stats)
+    return stats.maximum, stats.log_sum, stats.logp, stats.entropy
 
 
 @linear_logprob_forward.register_fake
-def _(hidden, weight, bias, target, mask, temperature, softcap, logit_scale, entropy):
-    return tuple(logit_scale.new_empty(hidden.shape[0]) for _ in range(4))
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    softcap: Tensor | None,
+    logit_scale: Tensor,
+    entropy: bool,
+) -> Four:
+    return four_empty(logit_scale, hidden.shape[0])
 
 
 @torch.library.custom_op("rlcore::linear_logprob_backward", mutates_args=())
@@ -62,7 +79,7 @@ def linear_logprob_backward(
     d_logp: Tensor,
     d_entropy: Tensor | None,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Gradients:
     """6NHV over the rows that have a coefficient: (d_hidden [N, H], d_weight [V, H], d_bias [V])."""
     with no_autocast(hidden):
         scale = Scale(temperature, softcap, logit_scale)
@@ -74,7 +91,7 @@ def linear_logprob_backward(
     return gradients.hidden, gradients.weight, gradients.bias
 
 
-def empty_gradients(hidden, weight, like, needs):
+def empty_gradients(hidden: Tensor, weight: Tensor, like: Tensor, needs: Sequence[bool]) -> Gradients:
     N, V, H = hidden.shape[0], weight.shape[0], hidden.shape[1]
     return (
         like.new_empty((N if needs[0] else 0, H)),
@@ -85,8 +102,19 @@ def empty_gradients(hidden, weight, like, needs):
 
 @linear_logprob_backward.register_fake
 def _(
-    hidden, weight, bias, target, mask, temperature, softcap, logit_scale, statistics, d_logp, d_entropy, needs
-):  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    softcap: Tensor | None,
+    logit_scale: Tensor,
+    statistics: Sequence[Tensor],
+    d_logp: Tensor,
+    d_entropy: Tensor | None,
+    needs: Sequence[bool],
+) -> Gradients:
     return empty_gradients(hidden, weight, logit_scale, needs)
 
 
@@ -111,7 +139,16 @@ def linear_logprob_frozen(
 
 
 @linear_logprob_frozen.register_fake
-def _(hidden, weight, bias, target, mask, temperature, softcap, logit_scale):
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    softcap: Tensor | None,
+    logit_scale: Tensor,
+) -> tuple[Tensor, Tensor]:
     return logit_scale.new_empty(hidden.shape[0]), logit_scale.new_empty(hidden.shape)
 
 
@@ -148,8 +185,18 @@ def linear_policy_loss(
 
 @linear_policy_loss.register_fake
 def _(
-    hidden, weight, bias, temperature, softcap, logit_scale, objective, numbers, batch, prepared, needs
-):  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor,
+    softcap: Tensor | None,
+    logit_scale: Tensor,
+    objective: str,
+    numbers: Sequence[Tensor],
+    batch: Sequence[Tensor | None],
+    prepared: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = TokenBatch.from_tensors(list(batch), prepared=prepared)
     names = metric_names(rows, lookup(objective, numbers), entropy=True)
     gradients = empty_gradients(hidden, weight, logit_scale, needs)
@@ -157,17 +204,22 @@ def _(
 
 
 @torch.library.custom_op("rlcore::logprob_forward", mutates_args=())
-def logprob_forward(
-    logits: Tensor, target: Tensor, mask: Tensor | None, temperature: Tensor, entropy: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def logprob_forward(logits: Tensor, target: Tensor, mask: Tensor | None, temperature: Tensor, entropy: bool) -> Four:
     """(maximum, log_sum, logp, entropy), each [N], of logits [N, V] or [B, T, V]."""
     scale = Scale(temperature, None, temperature.new_ones(()))
-    return tuple(scores.statistics(logits, target.long(), mask, scale, entropy=entropy))
+    stats = scores.statistics(logits, target.long(), mask, scale, entropy=entropy)
+    return stats.maximum, stats.log_sum, stats.logp, stats.entropy
 
 
 @logprob_forward.register_fake
-def _(logits, target, mask, temperature, entropy):
-    return tuple(temperature.new_empty(target.shape) for _ in range(4))
+def _(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    entropy: bool,
+) -> Four:
+    return four_empty(temperature, target.shape[0])
 
 
 @torch.library.custom_op("rlcore::logprob_backward", mutates_args=())
@@ -187,5 +239,13 @@ def logprob_backward(
 
 
 @logprob_backward.register_fake
-def _(logits, target, mask, temperature, statistics, d_logp, d_entropy):
+def _(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    statistics: Sequence[Tensor],
+    d_logp: Tensor,
+    d_entropy: Tensor | None,
+) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
