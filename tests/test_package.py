@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -22,16 +23,18 @@ HOUSE = {
 }  # fmt: skip
 
 
-def run(code: str, *, cwd: Path | None = None, pythonpath: str = "") -> str:
-    """The stdout of `python -c code`; the test fails with its stderr."""
+def run(code: str, *options: str, cwd: Path | None = None, pythonpath: str = "") -> str:
+    """The stdout of `python options -c code`; the test fails with its stderr."""
     env = {**os.environ, "PYTHONPATH": pythonpath, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
+    done = subprocess.run([sys.executable, *options, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_import_costs_less_than_100_ms_beyond_torch(tmp_path: Path) -> None:
-    code = "import time, torch; start = time.perf_counter(); import rlcore; print(time.perf_counter() - start)"
+    # Processor time, since other tests run beside this one; the first process leaves the bytecode an install has.
+    code = "import time, torch; start = time.process_time(); import rlcore; print(time.process_time() - start)"
     cost = min(float(run(code, cwd=tmp_path)) for _ in range(5))
     assert cost < 0.100, f"import rlcore took {1e3 * cost:.0f} ms beyond import torch"
 
@@ -53,51 +56,34 @@ def test_version_is_that_of_the_installed_distribution() -> None:
     assert rlcore.__version__ == importlib.metadata.version("rlcore")
 
 
-def test_core_runs_with_torch_and_numpy_alone(tmp_path: Path) -> None:
-    """Every module below the engine imports, and the public names work, where no other package can be imported."""
-    code = """
-import importlib, importlib.metadata, pkgutil, re, sys
-
-def normal(name):
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-def requirements(name, seen):
-    name = normal(name)
+def requirements(name: str, seen: set[str]) -> set[str]:
+    """The distribution and all that it needs, normalized names."""
+    name = re.sub(r"[-_.]+", "-", name).lower()
+    try:
+        needed = importlib.metadata.requires(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        return seen
     if name not in seen:
         seen.add(name)
-        try:
-            needed = importlib.metadata.requires(name) or []
-        except importlib.metadata.PackageNotFoundError:
-            needed = []
         for line in needed:
             if "extra ==" not in line:
-                requirements(re.match(r"[A-Za-z0-9_.-]+", line).group(), seen)
+                requirements(re.split(r"[^A-Za-z0-9_.-]", line)[0], seen)
     return seen
 
-def top_level(distributions):
-    files = importlib.metadata.packages_distributions()
-    return {module for module, owners in files.items() if {normal(owner) for owner in owners} & distributions}
 
-allowed = top_level(requirements("torch", set()) | {"numpy"}) | {"rlcore", "_editable_skbc_rlcore"}
-allowed |= set(sys.stdlib_module_names) | set(sys.modules)
-
-class OnlyTorchAndNumpy:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] not in allowed:
-            raise ModuleNotFoundError(f"No module named {name!r} (blocked)", name=name)
-
-sys.meta_path.insert(0, OnlyTorchAndNumpy())
-for name in ("transformers", "tyro", "rich", "safetensors", "reasoning_gym"):
-    try:
-        importlib.import_module(name)
-    except ModuleNotFoundError:
-        continue
-    raise SystemExit(f"{name} was not blocked")
-
-import torch
-import rlcore as rl
+def test_core_runs_with_torch_and_numpy_alone(tmp_path: Path) -> None:
+    """Every module below the engine imports, and the public names work, where nothing else is installed."""
+    site = Path(sysconfig.get_path("purelib"))
+    for distribution in requirements("numpy", requirements("torch", set())):
+        for name in {file.parts[0] for file in importlib.metadata.files(distribution) or []} - {"..", "__pycache__"}:
+            tmp_path.joinpath(name).symlink_to(site / name)
+    tmp_path.joinpath("rlcore").symlink_to(ROOT / "rlcore")
+    code = """
+import importlib.util, pkgutil, torch, rlcore as rl
+for name in ("transformers", "tyro", "rich", "safetensors", "reasoning_gym", "matplotlib"):
+    assert importlib.util.find_spec(name) is None, name
 for module in pkgutil.walk_packages(rl.__path__, "rlcore."):
-    if module.name.split(".")[1] not in ("engine", "adapters", "cli", "kernels", "_native"):
+    if module.name.split(".")[1] not in ("engine", "adapters", "cli"):
         importlib.import_module(module.name)
 for name in rl.__all__:
     getattr(rl, name)
@@ -113,7 +99,7 @@ loss.backward()
 assert torch.isfinite(logits.grad).all()
 print("ran")
 """
-    assert run(code, cwd=tmp_path) == "ran\n"
+    assert run(code, "-S", cwd=tmp_path, pythonpath=str(tmp_path)) == "ran\n"
 
 
 def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
