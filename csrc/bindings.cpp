@@ -6,7 +6,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/dispatch.h"
 #include "cpu/segments.h"
+#include "cpu/vocab_head.h"
 
 namespace py = pybind11;
 
@@ -70,6 +72,57 @@ std::string compiler() {
 #endif
 }
 
+rlcore::cpu::Logits logits_of(std::uintptr_t logits, std::int64_t row_stride, std::int64_t rows, std::int64_t columns,
+                              std::uintptr_t target, std::uintptr_t temperature, std::int64_t temperature_stride,
+                              float scale, float cap) {
+    if (rows < 0 || columns < 1 || row_stride < columns) {
+        throw std::invalid_argument("logits: expected rows >= 0, columns >= 1 and a row stride of at least the columns");
+    }
+    return {pointer<float>(logits, "logits", rows == 0),
+            row_stride,
+            rows,
+            columns,
+            pointer<const std::int64_t>(target, "target", rows == 0),
+            pointer<const float>(temperature, "temperature", rows == 0),
+            temperature_stride,
+            scale,
+            cap};
+}
+
+rlcore::cpu::Statistics statistics_of(std::uintptr_t maximum, std::uintptr_t log_sum, std::uintptr_t logp,
+                                      std::uintptr_t entropy, std::int64_t rows) {
+    return {pointer<float>(maximum, "maximum", rows == 0), pointer<float>(log_sum, "log_sum", rows == 0),
+            pointer<float>(logp, "logp", rows == 0), pointer<float>(entropy, "entropy", true)};
+}
+
+void vocab_head_statistics(std::uintptr_t logits, std::int64_t row_stride, std::int64_t rows, std::int64_t columns,
+                           std::uintptr_t target, std::uintptr_t temperature, std::int64_t temperature_stride,
+                           float scale, float cap, std::uintptr_t maximum, std::uintptr_t log_sum, std::uintptr_t logp,
+                           std::uintptr_t entropy, int threads) {
+    const auto chunk =
+        logits_of(logits, row_stride, rows, columns, target, temperature, temperature_stride, scale, cap);
+    RLCORE_CALL(statistics, chunk, statistics_of(maximum, log_sum, logp, entropy, rows), threads);
+}
+
+void vocab_head_gradient(std::uintptr_t logits, std::int64_t row_stride, std::int64_t rows, std::int64_t columns,
+                         std::uintptr_t target, std::uintptr_t temperature, std::int64_t temperature_stride,
+                         float scale, float cap, std::uintptr_t maximum, std::uintptr_t log_sum, std::uintptr_t entropy,
+                         std::uintptr_t d_logp, std::uintptr_t d_entropy, std::uintptr_t keep, std::int64_t kept,
+                         bool raw, int threads) {
+    const auto chunk =
+        logits_of(logits, row_stride, rows, columns, target, temperature, temperature_stride, scale, cap);
+    const rlcore::cpu::Coefficients d = {pointer<const float>(d_logp, "d_logp", rows == 0),
+                                         pointer<const float>(d_entropy, "d_entropy", true)};
+    const auto* indices = pointer<const std::int64_t>(keep, "keep", true);
+    if (kept < 0 || kept > rows) throw std::invalid_argument("kept: expected a number of rows from 0 to rows");
+    for (std::int64_t i = 0; indices != nullptr && i < kept; ++i) {
+        if (indices[i] < i || indices[i] >= rows || (i > 0 && indices[i] <= indices[i - 1])) {
+            throw std::invalid_argument("keep: expected rising row numbers below rows");
+        }
+    }
+    RLCORE_CALL(gradient, chunk, statistics_of(maximum, log_sum, maximum, entropy, rows), d, indices, kept, raw, threads);
+}
+
 py::dict features() {
     py::dict out;
     out["compiler"] = compiler();
@@ -80,6 +133,7 @@ py::dict features() {
     out["openmp"] = false;
 #endif
     out["build_type"] = RLCORE_BUILD_TYPE;
+    out["isa"] = rlcore::cpu::isa_name();
     return out;
 }
 
@@ -92,4 +146,8 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
           py::arg("n_segments"), py::arg("out_ptr"), py::arg("dtype"), py::call_guard<py::gil_scoped_release>(),
           "out[s] = sum of values[offsets[s]:offsets[s + 1]], each segment in one fixed order; ValueError for bad "
           "arguments. Strides in elements; offsets are int64, n_segments + 1 of them; dtype 'float32' or 'float64'.");
+    m.def("vocab_head_statistics", &vocab_head_statistics, py::call_guard<py::gil_scoped_release>(),
+          "Row pass 1 over a float32 chunk of logits; see csrc/cpu/vocab_head.h. Row stride in elements.");
+    m.def("vocab_head_gradient", &vocab_head_gradient, py::call_guard<py::gil_scoped_release>(),
+          "Row pass 2 over a float32 chunk of logits, in place; see csrc/cpu/vocab_head.h.");
 }
