@@ -90,8 +90,9 @@ $(PEERS_READY): $(SOURCES)
 
 say = echo "--- $(1)"
 
-# An environment with torch and the build tools. torch comes first and from its own index, if one is given, so that
-# nothing after it chooses another build. The build tools come from PyPI: a compiler is all that the machine must have.
+# An environment with torch and the build tools. torch comes first, from its own index if one is given, so that nothing
+# after it chooses another build; what it needs comes from both indexes, since only some builds have theirs on PyPI.
+# The build tools come from PyPI: a compiler is all that the machine must have.
 define environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	    echo "Python 3.10 or newer is needed; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1). Choose with: make PYTHON=python3.12" >&2; exit 1; }
@@ -103,15 +104,14 @@ define environment
 	    $(PYTHON) -m venv $(1); \
 	fi
 	@$(1)/bin/python -m pip install $(PIP_QUIET) -c constraints.txt pip
-	@index='$(TORCH_INDEX)'; known=$$(cat $(1)/.torch-index 2>/dev/null || true); \
-	if [ -n "$$index" ] && [ "$$index" != "$$known" ]; then \
-	    $(call say,torch from $$index); \
-	    $(1)/bin/python -m pip install $(PIP_QUIET) -c constraints.txt --force-reinstall --index-url "$$index" torch; \
+	@known=$$(cat $(1)/.torch-index 2>/dev/null || true); index='$(TORCH_INDEX)'; index=$${index:-$$known}; \
+	$(call say,torch$${index:+ from $$index}); \
+	if [ -n "$$index" ]; then \
+	    [ "$$index" = "$$known" ] && again= || again=--force-reinstall; \
+	    $(1)/bin/python -m pip install $(PIP_QUIET) $$again --no-deps --index-url "$$index" $$(grep '^torch==' constraints.txt); \
 	    echo "$$index" > $(1)/.torch-index; \
-	else \
-	    $(call say,torch); \
-	    $(1)/bin/python -m pip install $(PIP_QUIET) -c constraints.txt $${known:+--index-url "$$known"} torch; \
-	fi
+	fi; \
+	$(1)/bin/python -m pip install $(PIP_QUIET) -c constraints.txt $${index:+--extra-index-url "$$index"} torch
 	@$(call say,build tools)
 	@$(1)/bin/python -m pip install $(PIP_QUIET) -c constraints.txt scikit-build-core pybind11 cmake ninja
 endef

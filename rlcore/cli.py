@@ -88,9 +88,12 @@ def train(arguments: list[str]) -> None:
     command = tyro.cli(Train, args=arguments, default=Train(**vars(defaults)), prog="rlcore train")
     config = validate(Config(**{item.name: getattr(command, item.name) for item in dataclasses.fields(Config)}))
 
+    from transformers.utils import logging
+
     from rlcore.engine.run import name_run
     from rlcore.engine.trainer import train as run_training
 
+    logging.disable_progress_bar()
     if command.resume is not None:
         directory = command.resume.resolve()
         config = dataclasses.replace(config, dir=str(directory.parent), name=directory.name)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -123,6 +124,22 @@ def test_editable_install_sees_the_sources(source: Path, tmp_path: Path) -> None
     assert Path(file) == source / "rlcore" / "__init__.py"
     assert Path(kernels) == source / "kernels"
     assert (native, seen) == ("live", "True")
+
+
+def test_sdist_holds_what_a_build_reads_and_no_environment(source: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(source, tmp_path / "source")
+    shutil.copy(ROOT / ".gitignore", copy)
+    for name in (".venv/lib/rlcore", "runs/one", "tests"):
+        copy.joinpath(name).mkdir(parents=True)
+        copy.joinpath(name, "file.py").touch()
+    code = f"from scikit_build_core.build import build_sdist; build_sdist({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(tmp_path / "rlcore-0.1.0.tar.gz") as archive:
+        names = archive.getnames()
+    top = {name.split("/")[1] for name in names}
+    assert top == {"PKG-INFO", "pyproject.toml", "README.md", "LICENSE", "csrc", "kernels", "rlcore"}
+    assert "rlcore-0.1.0/csrc/cpu/segments.cpp" in names
 
 
 def test_without_a_compiler_the_install_succeeds_and_says_so(source: Path, tmp_path: Path) -> None:

@@ -195,16 +195,19 @@ def _register(name: str) -> None:
 
 def _delegate(kind: type, name: str) -> Callable[..., Any]:
     """The attention function of this class under `name`: eager attention and overrides belong to the model's file."""
-    from transformers import AttentionInterface
-
     found = _delegates.get((kind, name))
     if found is None:
-        scopes = [vars(sys.modules[base.__module__]) for base in kind.__mro__ if base.__module__ in sys.modules]
-        eager: Any = next((s["eager_attention_forward"] for s in scopes if "eager_attention_forward" in s), None)
-        functions = next((s["ALL_ATTENTION_FUNCTIONS"] for s in scopes if "ALL_ATTENTION_FUNCTIONS" in s), None)
-        found = (functions or AttentionInterface()).get_interface(name, eager)
-        _delegates[kind, name] = found
+        found = _delegates[kind, name] = _find_delegate(kind, name)
     return found
+
+
+def _find_delegate(kind: type, name: str) -> Callable[..., Any]:
+    from transformers import AttentionInterface
+
+    scopes = [vars(sys.modules[base.__module__]) for base in kind.__mro__ if base.__module__ in sys.modules]
+    eager: Any = next((s["eager_attention_forward"] for s in scopes if "eager_attention_forward" in s), None)
+    functions = next((s["ALL_ATTENTION_FUNCTIONS"] for s in scopes if "ALL_ATTENTION_FUNCTIONS" in s), None)
+    return (functions or AttentionInterface()).get_interface(name, eager)
 
 
 def _implementation(name: str) -> Callable[..., Any]:

@@ -138,6 +138,7 @@ def linear_policy_loss(
 # ------------------------------------------------------------------------------------------------ frozen head
 
 
+@torch.no_grad()
 def frozen_head(
     hidden: Tensor,
     weight: Tensor,
@@ -181,6 +182,7 @@ class Piece(NamedTuple):
     rows: Rows
 
 
+@torch.no_grad()
 def folded(
     hidden: Tensor,
     weight: Tensor,

@@ -271,7 +271,8 @@ def block_gradient_(bent: Tensor, target: Tensor, stats: RowStatistics, d: Coeff
         torch.mul(p, -d_logp[:, None], out=z)
     else:
         z.add_(stats.entropy[:, None]).mul_(d.entropy[:, None]).add_(d_logp[:, None]).mul_(p).neg_()
-    z.scatter_add_(1, label[:, None], d_logp[:, None])
+    # Not scatter_add_: each row has one label, so nothing collides, and this form is deterministic on every device.
+    z[torch.arange(z.shape[0], device=z.device), label] += d_logp
     if not is_one(scale.logit_scale):
         z.mul_(scale.logit_scale)
     if not is_one(scale.temperature):

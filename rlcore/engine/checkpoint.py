@@ -113,7 +113,7 @@ def write_directory(final: Path, write: Callable[[Path], None]) -> None:
             for path in sorted(temporary.rglob("*"))
             if path.is_file()
         }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
         if final.exists():

@@ -32,8 +32,9 @@ class TaskConfig:
     """Name of a reasoning-gym task."""
     options: dict[str, str] = field(default_factory=dict)
     """Options of the task, as KEY VALUE pairs. chain_sum defaults to two operands of one or two digits."""
-    template: str = "{question}\n"
-    """The prompt; {question} is replaced by the question's text."""
+    template: str = ""
+    """The prompt: {question} stands for the question's text, {name} for an entry of the task's metadata. Empty: the
+    question and a line break; for chain_sum the bare "{expression} ="."""
     pool: int = 80000
     """How many items are drawn from the task; duplicates are dropped."""
     seed: int = 0
@@ -145,7 +146,7 @@ class Config:
     dir: str = "runs"
     """Directory of the runs."""
     device: str = "auto"
-    """cpu, cuda, cuda:N or mps; auto: cuda where there is one, then mps, then cpu."""
+    """cpu, cuda, cuda:N; auto: cuda where there is one, else cpu."""
     threads: int = 0
     """CPU threads; 0 leaves it to torch."""
     shuffle_rewards: bool = False
@@ -183,7 +184,7 @@ def validate(config: Config) -> Config:
         ("update.final_lr model.warm_accuracy", lambda v: 0 <= v <= 1, "in [0, 1]"),
         ("task.held_out_fraction", lambda v: 0 < v < 1, "between 0 and 1"),
         ("update.beta1 update.beta2", lambda v: 0 <= v < 1, "in [0, 1)"),
-        ("task.template", lambda v: "{question}" in v, "a text with {question} in it"),
+        ("task.template", lambda v: not v or "{" in v, "a text with {question} or another {name} in it"),
     ):
         for key in keys.split():
             value = config

@@ -11,11 +11,14 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from rlcore.engine.errors import SaveError
 from rlcore.engine.rollout import Rollout
 
 PANELS = (
@@ -35,9 +38,10 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.directory = directory
-        self.metrics = cut(directory / "metrics.jsonl", first_step)
-        self.samples = cut(directory / "samples.jsonl", first_step)
-        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
+        with self.writing():
+            self.metrics = cut(directory / "metrics.jsonl", first_step)
+            self.samples = cut(directory / "samples.jsonl", first_step)
+            self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
         self.screen = Screen(first_step, steps)
 
     def __enter__(self) -> RunLog:
@@ -45,9 +49,18 @@ class RunLog:
 
     def __exit__(self, *exception: Any) -> None:
         self.screen.close()
-        self.metrics.close()
-        self.samples.close()
-        self.board.close()
+        for file in (self.metrics, self.samples, self.board):
+            # Where the disk is full, closing fails like the write before it, which is the error to report.
+            with suppress(OSError):
+                file.close()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turns the machine's refusal to write into a SaveError."""
+        try:
+            yield
+        except OSError as error:
+            raise SaveError(f"could not write to {self.directory}: {error.strerror or error}") from error
 
     def say(self, message: str) -> None:
         """One line for the reader, above the progress bar."""
@@ -56,30 +69,33 @@ class RunLog:
     def step(self, step: int, record: dict[str, float]) -> None:
         """Writes the metrics of a step everywhere."""
         clean = {key: value if math.isfinite(value) else None for key, value in record.items()}
-        self.metrics.write(json.dumps({"step": step, **clean}) + "\n")
-        self.metrics.flush()
-        for key, value in record.items():
-            self.board.add_scalar(key, value, step)
+        with self.writing():
+            self.metrics.write(json.dumps({"step": step, **clean}) + "\n")
+            self.metrics.flush()
+            for key, value in record.items():
+                self.board.add_scalar(key, value, step)
+            if "eval/accuracy" in record:
+                self.curves()
         self.screen.step(step, record)
-        if "eval/accuracy" in record:
-            self.curves()
 
     def answers(self, step: int, rollout: Rollout, advantage: Tensor, count: int) -> None:
         """Writes the first `count` answers of a step, with reward and the advantage [N] of the first token."""
         assert rollout.batch.offsets is not None
         of_answer = advantage[rollout.batch.offsets[:-1]].tolist()
         group = len(rollout.texts) // len(rollout.problems)
-        for s, text in enumerate(rollout.texts[:count]):
-            problem = rollout.problems[s // group]
-            line = {"step": step, "prompt": problem.prompt, "answer": text, "reference": problem.answer}
-            line |= {"reward": float(rollout.reward[s]), "advantage": of_answer[s]}
-            self.samples.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self.samples.flush()
+        with self.writing():
+            for s, text in enumerate(rollout.texts[:count]):
+                problem = rollout.problems[s // group]
+                line = {"step": step, "prompt": problem.prompt, "answer": text, "reference": problem.answer}
+                line |= {"reward": float(rollout.reward[s]), "advantage": of_answer[s]}
+                self.samples.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self.samples.flush()
 
     def sync(self) -> None:
         """Forces the text files to the disk, before a checkpoint that counts on them."""
-        for file in (self.metrics, self.samples):
-            os.fsync(file.fileno())
+        with self.writing():
+            for file in (self.metrics, self.samples):
+                os.fsync(file.fileno())
 
     def conclude(self) -> None:
         """Says what came of the run."""
@@ -96,12 +112,12 @@ class RunLog:
         for axis, (title, keys) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
             for key in keys:
                 points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
-                if points:
-                    axis.plot(*zip(*points, strict=True), marker="o" if key.startswith("eval/") else "", label=key)
+                steps, values = [step for step, _ in points], [value for _, value in points]
+                axis.plot(steps, values, marker="o" if key.startswith("eval/") else "", label=key)
             axis.set_title(title)
             axis.set_xlabel("step")
             axis.grid(alpha=0.3)
-            if len(keys) > 1:
+            if len(axis.lines) > 1:
                 axis.legend()
         figure.suptitle(self.directory.name)
         path = self.directory / "curves.png"

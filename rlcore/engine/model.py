@@ -156,8 +156,8 @@ def supervised(
 ) -> tuple[list[list[int]], list[list[list[int]]], TokenBatch]:
     """The prompts and reference answers of a supervised step, and their batch: every token has advantage 1."""
     problems = task.prompts(step, config.model.warm_batch, seed_of(config.seed, "warm"))
-    prompts = [encode(tokenizer, problem.prompt) for problem in problems]
-    answers = [[encode(tokenizer, problem.answer) + [tokenizer.eos_token_id]] for problem in problems]
+    prompts = encode(tokenizer, [problem.prompt for problem in problems])
+    answers = [[ids + [tokenizer.eos_token_id]] for ids in encode(tokenizer, [problem.answer for problem in problems])]
     target = torch.tensor([token for group in answers for token in group[0]], device=device)
     lengths = torch.tensor([0, *(len(group[0]) for group in answers)], device=device)
     batch = TokenBatch(target, lengths.cumsum(0), advantage=torch.ones(len(target), device=device))

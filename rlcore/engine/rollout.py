@@ -40,7 +40,7 @@ def roll_out(
     generator: torch.Generator,
 ) -> Rollout:
     """Samples config.samples answers to every problem and scores them with the task's verifier."""
-    prompts = [encode(tokenizer, problem.prompt) for problem in problems]
+    prompts = encode(tokenizer, [problem.prompt for problem in problems])
     drawn = sample(
         model,
         prompts,
@@ -71,9 +71,9 @@ def roll_out(
     )
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text, without special tokens other than the model's own beginning-of-text."""
-    return tokenizer(text)["input_ids"]
+def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of prompts, with the beginning-of-text token where the tokenizer has one."""
+    return tokenizer(texts)["input_ids"]
 
 
 def take(batch: TokenBatch, sequences: Tensor) -> TokenBatch:

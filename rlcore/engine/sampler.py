@@ -126,7 +126,7 @@ def truncate(logp: Tensor, top_k: int, top_p: float) -> Tensor:
     Top-k comes first and top-p is taken on what it leaves, renormalised. The likeliest token always stays. Ties at the
     border go to the lower token id. logp: [R, V].
     """
-    ordered, index = logp.sort(-1, descending=True, stable=True)
+    ordered, index = logp.sort(stable=True, descending=True, dim=-1)
     drop = torch.zeros_like(ordered, dtype=torch.bool)
     if top_k:
         drop[:, top_k:] = True

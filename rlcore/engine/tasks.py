@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 import hashlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,8 @@ def is_held_out(question: str, fraction: float) -> bool:
 PRESETS: dict[str, dict[str, Any]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
 }
+# The sentence around chain_sum's expression never changes; without it the small model learns about twice as fast.
+TEMPLATES = {"chain_sum": "{expression} ="}
 
 
 class Task:
@@ -55,6 +58,7 @@ class Task:
         except (TypeError, AssertionError, ValueError) as error:
             raise UserError(f"task.options do not fit the task {config.name!r}: {error}") from None
         self.name = config.name
+        template = config.template or TEMPLATES.get(config.name, "{question}\n")
         self.train: list[Problem] = []
         self.held_out: list[Problem] = []
         seen: set[str] = set()
@@ -63,7 +67,7 @@ class Task:
             if question in seen:
                 continue
             seen.add(question)
-            problem = Problem(config.template.replace("{question}", question), entry["answer"], entry)
+            problem = Problem(render(template, entry), entry["answer"], entry)
             if not is_held_out(question, config.held_out_fraction):
                 self.train.append(problem)
             elif len(self.held_out) < config.held_out:
@@ -89,6 +93,12 @@ class Task:
                 epochs[epoch] = permutation(len(self.train), seed, "prompts", epoch)
             chosen.append(self.train[epochs[epoch][place]])
         return chosen
+
+
+def render(template: str, entry: dict[str, Any]) -> str:
+    """The prompt of an entry: {question}, and {name} for every name in its metadata; other braces stay as they are."""
+    values = {**entry["metadata"], "question": entry["question"]}
+    return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), template)
 
 
 def literal(text: str) -> Any:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 from vocab_head_cases import DTYPES, SETTINGS, make, set_chunk
 
 import rlcore as rl
@@ -18,7 +19,7 @@ from rlcore.algorithms import vocab_head_chunks as chunks
 from rlcore.algorithms.objective import AGGREGATES, KL, RATIOS, SURROGATES, TIS, Objective
 from rlcore.layout import TokenBatch, merge_metrics
 from rlcore.ops import backend
-from rlcore.ops.vocab_head import linear_policy_loss
+from rlcore.ops.vocab_head import linear_logprob, linear_policy_loss
 
 OFFSETS = [0, 1, 13, 13, 30, 47]
 
@@ -328,6 +329,30 @@ def test_no_grad_runs_the_forward_alone(monkeypatch):
     loss, _ = linear_policy_loss(case.hidden.detach(), case.weight.detach(), batch, Objective())
     assert not loss.requires_grad and not calls
     assert not any(x.requires_grad for x in metrics.values())
+
+
+def test_inference_mode():
+    case = make("random", "bias").fresh()
+    batch = batch_of(case)
+    expected, *_ = run(case, batch, Objective())
+    with torch.inference_mode():
+        loss, _ = linear_policy_loss(case.hidden, case.weight, batch, Objective(), case.bias, **case.numbers())
+        out = linear_logprob(case.hidden, case.weight, case.target, entropy=True, **case.kwargs())
+    assert torch.equal(loss, expected) and out.entropy.isfinite().all()
+
+
+def test_inside_activation_checkpointing():
+    case = make("random", "bias")
+    batch = batch_of(case)
+    expected = run(case, batch, Objective())[2]
+    case = case.fresh()
+
+    def block(hidden):
+        return linear_policy_loss(hidden, case.weight, batch, Objective(), case.bias, **case.numbers())[0]
+
+    checkpoint(block, case.hidden, use_reentrant=False).backward()
+    for x, y in zip(case.leaves, expected, strict=True):
+        assert torch.equal(x.grad, y)
 
 
 def test_metrics_take_no_gradient_and_the_loss_is_differentiable_in_a_larger_graph():

@@ -1,0 +1,54 @@
+"""A run small enough for a test: two layers of width 32, a warm start of a few steps, four steps of training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rlcore.engine.config import Config, EvalConfig, ModelConfig, RolloutConfig, TaskConfig, UpdateConfig
+
+
+@pytest.fixture(scope="session")
+def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, model_cache: Path) -> Callable[..., Config]:
+    def make(**changes: object) -> Config:
+        config = Config(
+            name="run",
+            dir=str(tmp_path),
+            device="cpu",
+            threads=1,
+            steps=4,
+            checkpoint_every=2,
+            task=TaskConfig(pool=2000, held_out=10),
+            model=ModelConfig(hidden_size=32, heads=2, warm_steps=12, warm_batch=32, cache=str(model_cache)),
+            rollout=RolloutConfig(prompts=4, samples=4),
+            update=UpdateConfig(minibatches=2, micro_tokens=40),
+            eval=EvalConfig(every=2, samples=2),
+        )
+        for key, value in changes.items():
+            *section, name = key.split("__")
+            if section:
+                value = dataclasses.replace(getattr(config, section[0]), **{name: value})
+                name = section[0]
+            config = dataclasses.replace(config, **{name: value})
+        return config
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small(model_cache: Path):
+    """A small model with random weights, its tokenizer, and a task."""
+    from rlcore.engine.model import character_tokenizer, small_model
+    from rlcore.engine.tasks import Task
+
+    config = Config(model=ModelConfig(hidden_size=32, heads=2), task=TaskConfig(pool=2000, held_out=10))
+    tokenizer = character_tokenizer()
+    return small_model(config, len(tokenizer)).eval(), tokenizer, Task(config.task)

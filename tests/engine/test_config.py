@@ -1,0 +1,103 @@
+"""Config: precedence, exact round trip, and errors that name file, line, key and the nearest name."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from rlcore.engine.config import Config, TaskConfig, flatten, load_toml, to_toml, validate
+from rlcore.engine.errors import UserError
+
+
+def write(tmp_path, text):
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    return path
+
+
+def test_round_trip(tmp_path):
+    config = Config(
+        method="rloo", shuffle_rewards=True, name='a "name"\nwith\tall', task=TaskConfig(options={"max_terms": "3"})
+    )
+    config = dataclasses.replace(config, update=dataclasses.replace(config.update, clip_high=0.28, lr=1e-7))
+    assert load_toml(write(tmp_path, to_toml(config))) == config
+    assert load_toml(write(tmp_path, to_toml(Config()))) == Config()
+
+
+def test_file_over_defaults(tmp_path):
+    config = load_toml(write(tmp_path, 'steps = 7\n[update]\nlr = 1\n[task.options]\nmax_digits = 1\n'))
+    assert (config.steps, config.update.lr, config.task.options) == (7, 1.0, {"max_digits": "1"})
+    assert isinstance(config.update.lr, float)
+    assert config.rollout == Config().rollout
+    again = load_toml(write(tmp_path, "[update]\nepochs = 2\n"), config)
+    assert (again.steps, again.update.lr, again.update.epochs) == (7, 1.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("step = 7\n", ["line 1", "'step'", "'steps'"]),
+        ("\n[update]\n\nlearning = 1\n", ["line 4", "'update.learning'"]),
+        ("[update]\nepoch = 1\n", ["line 2", "'epochs'"]),
+        ("lr = 1\n", ["line 1", "'update.lr'"]),
+        ("[updates]\nlr = 1\n", ["line 1", "'update'"]),
+        ("[rollout]\nsamples = 'eight'\n", ["line 2", "rollout.samples", "an integer", "'eight'"]),
+        ("[rollout]\nsamples = 8.0\n", ["line 2", "an integer"]),
+        ("[rollout]\nsamples = true\n", ["line 2", "an integer"]),
+        ("[update]\nlayout = 'trees'\n", ["line 2", "auto, tree, padded", "'trees'"]),
+        ("steps = 1\nupdate = 3\n", ["line 2", "[update]"]),
+        ("shuffle_rewards = 1\n", ["true or false"]),
+        ("steps = \n", ["not valid TOML", "line 1"]),
+    ],
+)
+def test_errors_in_a_file(tmp_path, text, parts):
+    path = write(tmp_path, text)
+    with pytest.raises(UserError) as error:
+        load_toml(path)
+    for part in [str(path), *parts]:
+        assert part in str(error.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        load_toml(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("steps", 0),
+        ("keep", 0),
+        ("rollout.temperature", 0.0),
+        ("rollout.top_p", 1.5),
+        ("rollout.top_k", -1),
+        ("update.lr", -1.0),
+        ("update.clip_low", -0.1),
+        ("update.beta2", 1.0),
+        ("task.held_out_fraction", 1.0),
+        ("task.template", "no place for it"),
+        ("model.heads", 3),
+        ("update.minibatches", 10_000),
+    ],
+)
+def test_ranges(key, value):
+    section, _, name = key.rpartition(".")
+    config = Config()
+    setattr(getattr(config, section) if section else config, name, value)
+    with pytest.raises(UserError, match=key.replace(".", r"\.")):
+        validate(config)
+
+
+def test_defaults_are_valid_and_every_field_has_help():
+    import inspect
+
+    from rlcore.engine import config as module
+
+    validate(Config())
+    source = inspect.getsource(module)
+    for name in flatten(Config()):
+        field = name.rpartition(".")[2]
+        lines = source.splitlines()
+        at = next(i for i, line in enumerate(lines) if line.startswith(f"    {field}: "))
+        assert lines[at + 1].strip().startswith('"""'), name
