@@ -7,6 +7,7 @@ class Features(TypedDict):
     cxx_standard: int
     openmp: bool
     build_type: str
+    isa: Literal["baseline", "avx2", "avx512"]
 
 def features() -> Features: ...
 def segment_sum(
@@ -16,4 +17,40 @@ def segment_sum(
     n_segments: int,
     out_ptr: int,
     dtype: Literal["float32", "float64"],
+) -> None: ...
+def vocab_head_statistics(
+    logits: int,
+    row_stride: int,
+    rows: int,
+    columns: int,
+    target: int,
+    temperature: int,
+    temperature_stride: int,
+    scale: float,
+    cap: float,
+    maximum: int,
+    log_sum: int,
+    logp: int,
+    entropy: int,
+    threads: int,
+) -> None: ...
+def vocab_head_gradient(
+    logits: int,
+    row_stride: int,
+    rows: int,
+    columns: int,
+    target: int,
+    temperature: int,
+    temperature_stride: int,
+    scale: float,
+    cap: float,
+    maximum: int,
+    log_sum: int,
+    entropy: int,
+    d_logp: int,
+    d_entropy: int,
+    keep: int,
+    kept: int,
+    raw: bool,
+    threads: int,
 ) -> None: ...

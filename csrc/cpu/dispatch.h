@@ -13,22 +13,21 @@ const char* isa_name();
 
 // Declares a kernel once per instruction set: RLCORE_KERNEL(void f(int)).
 #if defined(RLCORE_X86)
-#define RLCORE_KERNEL(...)                \
-    namespace rlcore::cpu::baseline {     \
-    __VA_ARGS__;                          \
-    }                                     \
-    namespace rlcore::cpu::avx2 {         \
-    __VA_ARGS__;                          \
-    }                                     \
-    namespace rlcore::cpu::avx512 {       \
-    __VA_ARGS__;                          \
+#define RLCORE_KERNEL(...)            \
+    namespace rlcore::cpu::baseline { \
+    __VA_ARGS__;                      \
+    }                                 \
+    namespace rlcore::cpu::avx2 {     \
+    __VA_ARGS__;                      \
+    }                                 \
+    namespace rlcore::cpu::avx512 {   \
+    __VA_ARGS__;                      \
     }
-#define RLCORE_CALL(name, ...)                                             \
-    (::rlcore::cpu::isa() == ::rlcore::cpu::Isa::avx512                    \
-         ? ::rlcore::cpu::avx512::name(__VA_ARGS__)                        \
-         : (::rlcore::cpu::isa() == ::rlcore::cpu::Isa::avx2               \
-                ? ::rlcore::cpu::avx2::name(__VA_ARGS__)                   \
-                : ::rlcore::cpu::baseline::name(__VA_ARGS__)))
+#define RLCORE_CALL(name, ...)                                                                        \
+    (::rlcore::cpu::isa() == ::rlcore::cpu::Isa::avx512                                               \
+         ? ::rlcore::cpu::avx512::name(__VA_ARGS__)                                                   \
+         : (::rlcore::cpu::isa() == ::rlcore::cpu::Isa::avx2 ? ::rlcore::cpu::avx2::name(__VA_ARGS__) \
+                                                             : ::rlcore::cpu::baseline::name(__VA_ARGS__)))
 #else
 #define RLCORE_KERNEL(...)            \
     namespace rlcore::cpu::baseline { \

@@ -52,6 +52,19 @@ RLCORE_INLINE Floats select(Ints condition, Floats yes, Floats no) {
                                     (~condition & reinterpret_cast<Ints>(no)));
 }
 
+// The product as it is in float32: not contracted with what follows into a fused multiply-add, so that the same product
+// elsewhere cancels against it exactly.
+RLCORE_INLINE Floats rounded(Floats x) {
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(x));
+#elif defined(__x86_64__)
+    __asm__("" : "+x"(x));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(x));
+#endif
+    return x;
+}
+
 // The larger one; a NaN in `x` stays, so that it reaches the result.
 RLCORE_INLINE Floats larger(Floats x, Floats bound) { return select(x < bound, bound, x); }
 

@@ -14,11 +14,11 @@ constexpr std::int64_t kBlock = 4096;
 constexpr float kLogZero = -104.0f;
 
 struct Row {
-    float factor;   // z = factor * a without a softcap
-    float inner;    // scale / cap
-    float outer;    // cap / temperature
+    float factor;  // z = factor * a without a softcap
+    float inner;   // scale / cap
+    float outer;   // cap / temperature
     bool capped;
-    bool bent;      // pass 1 writes
+    bool bent;  // pass 1 writes
 };
 
 Row row_of(const Logits& c, std::int64_t row) {
@@ -33,6 +33,9 @@ Row row_of(const Logits& c, std::int64_t row) {
 }
 
 RLCORE_INLINE Floats bend(Floats a, const Row& row) { return row.capped ? tanh_of(a * row.inner) : a * row.factor; }
+
+// The slope of the softcap, from t = tanh.
+RLCORE_INLINE Floats slope_of(Floats t) { return 1.0f - rounded(t * t); }
 
 struct Running {
     float maximum;
@@ -63,7 +66,7 @@ RLCORE_INLINE void add_block(float* x, std::int64_t n, const Row& row, Running& 
         }
         top = select(z > top, z, top);
     }
-    const float found = largest(top) * row.outer;
+    const float found = largest(rounded(top * row.outer));
     if (found > run.maximum) {
         if (run.sum > 0.0) {
             const double down = static_cast<double>(run.maximum) - static_cast<double>(found);
@@ -77,7 +80,7 @@ RLCORE_INLINE void add_block(float* x, std::int64_t n, const Row& row, Running& 
     Floats weighted = Floats{};
     for (std::int64_t i = 0; i < n; i += kLanes) {
         Floats z = i < whole ? load(x + i) : load_part(x + i, n - i, lowest);
-        if (row.capped) z *= row.outer;
+        if (row.capped) z = rounded(z * row.outer);
         const Floats below = larger(z - run.maximum, broadcast(kLogZero));
         const Floats e = exp_of(below);
         total += e;
@@ -102,28 +105,34 @@ void statistics_of_row(const Logits& c, const Statistics& out, std::int64_t r) {
     out.log_sum[r] = static_cast<float>(log_sum);
     const bool valid = y >= 0 && y < c.columns;
     // (z - maximum) - log_sum is exact where p -> 1; z - lse has lost eps * |lse|.
-    out.logp[r] = valid ? (x[y] * row.outer - run.maximum) - static_cast<float>(log_sum) : __builtin_nanf("");
+    const float z = valid ? rounded(broadcast(x[y]) * row.outer)[0] : __builtin_nanf("");
+    out.logp[r] = (z - run.maximum) - static_cast<float>(log_sum);
     if (kEntropy) out.entropy[r] = static_cast<float>(log_sum - run.weighted / run.sum);
 }
 
 struct RowGradient {
-    float shift;    // maximum, then log_sum: log p = (z - maximum) - log_sum
+    float shift;  // maximum, then log_sum: log p = (z - maximum) - log_sum
     float log_sum;
     float d_logp;
     float d_entropy;
     float entropy;
-    float slope;    // scale / temperature: dz/da without the softcap's 1 - tanh^2
+    float slope;  // scale / temperature: dz/da without the softcap's 1 - tanh^2
 };
+
+// d loss / d z -> d loss / d a. Every product is rounded, so that the target's -p d + d is 0 where p = 1.
+RLCORE_INLINE Floats chained(Floats d, Floats bent, const Row& row, const RowGradient& g) {
+    d = rounded(rounded(d) * g.slope);
+    return row.capped ? rounded(d * slope_of(bent)) : d;
+}
 
 template <bool kEntropy>
 RLCORE_INLINE Floats gradient_of(Floats x, const Row& row, const RowGradient& g, bool raw) {
     if (raw) x = bend(x, row);
-    const Floats z = row.capped ? x * row.outer : x;
+    const Floats z = row.capped ? rounded(x * row.outer) : x;
     const Floats log_p = larger((z - g.shift) - g.log_sum, broadcast(kLogZero));
     const Floats p = exp_of(log_p);
-    Floats d = kEntropy ? -p * (g.d_logp + g.d_entropy * (log_p + g.entropy)) : -p * g.d_logp;
-    d *= g.slope;
-    return row.capped ? d * (1.0f - x * x) : d;
+    const Floats d = kEntropy ? -p * (g.d_logp + g.d_entropy * (log_p + g.entropy)) : -p * g.d_logp;
+    return chained(d, x, row, g);
 }
 
 // Columns [start, stop) of source row `from`, written to row `to`.
@@ -142,19 +151,15 @@ void gradient_of_slice(const Logits& c, const Statistics& s, const Coefficients&
     float* y = c.data + to * c.row_stride;
     const std::int64_t label = c.target[from];
     const bool here = label >= start && label < stop;
-    float at_label = here ? x[label] : 0.0f;
+    const float at_label = here ? x[label] : 0.0f;
     std::int64_t i = start;
     for (; i + kLanes <= stop; i += kLanes) store(y + i, gradient_of<kEntropy>(load(x + i), row, g, raw));
     if (i < stop) {
         store_part(y + i, gradient_of<kEntropy>(load_part(x + i, stop - i, 0.0f), row, g, raw), stop - i);
     }
     if (here) {
-        float rise = g.slope;
-        if (row.capped) {
-            if (raw) at_label = bend(broadcast(at_label), row)[0];
-            rise *= 1.0f - at_label * at_label;
-        }
-        y[label] += g.d_logp * rise;
+        const Floats bent = raw ? bend(broadcast(at_label), row) : broadcast(at_label);
+        y[label] += chained(broadcast(g.d_logp), bent, row, g)[0];
     }
 }
 

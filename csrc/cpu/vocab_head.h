@@ -14,8 +14,8 @@ struct Logits {
     std::int64_t row_stride;
     std::int64_t rows;
     std::int64_t columns;
-    const std::int64_t* target;      // [rows]
-    const float* temperature;        // [1] or [rows]
+    const std::int64_t* target;       // [rows]
+    const float* temperature;         // [1] or [rows]
     std::int64_t temperature_stride;  // 0 or 1
     float scale;
     float cap;

@@ -26,7 +26,7 @@ from torch import Tensor
 from rlcore.algorithms import vocab_head_chunks as chunks
 from rlcore.algorithms.objective import Objective
 from rlcore.algorithms.policy_loss import PreparedBatch, check_two_chunks, chunk_loss, policy_loss, prepare_chunks
-from rlcore.algorithms.vocab_head_chunks import LOG_ZERO, Coefficients, HeadGradients, Rows, Scale
+from rlcore.algorithms.vocab_head_chunks import LOG_ZERO, TORCH, Coefficients, HeadGradients, RowPasses, Rows, Scale
 from rlcore.algorithms.vocab_head_inputs import (
     Number,
     as_in_linear,
@@ -193,6 +193,7 @@ def folded(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     needs: tuple[bool, bool, bool] = (True, True, True),
+    passes: RowPasses = TORCH,
 ) -> Folded:
     """The policy loss and its gradients in one walk over chunks of tokens, 6NHV, no logits in memory.
 
@@ -206,7 +207,7 @@ def folded(
     if objective.scope == "batch" and not batch.prepared:
         whole = batch.flat()
         head = (hidden, weight, bias, whole.target.long(), whole.mask, scale)
-        stats, _ = chunks.forward_chunks(*head, entropy=True)
+        stats, _ = chunks.forward_chunks(*head, entropy=True, passes=passes)
         batch = objective.prepare(stats.logp.reshape(batch.shape), stats.entropy.reshape(batch.shape), batch)
     prepared = prepare_chunks(batch, objective, dtype)
     mask = prepared.batch.mask
@@ -215,7 +216,7 @@ def folded(
     chunks.check_target(target, V, rows)
     gradients = HeadGradients(hidden, weight, needs, dtype)
     walk = Walk(hidden, weight, bias, target, mask, scale, prepared, objective, gradients,
-                chunks.logits_buffer(weight, min(bound, chunks.count(rows)), dtype))  # fmt: skip
+                chunks.logits_buffer(weight, min(bound, chunks.count(rows)), dtype), passes)  # fmt: skip
     losses, metrics = [], []
     for piece in pieces(rows, N, bound, prepared.borders(objective.scope)):
         step = fold_piece if chunks.count(piece.rows) <= bound else fold_long_piece
@@ -242,6 +243,7 @@ class Walk(NamedTuple):
     objective: Objective
     gradients: HeadGradients
     buffer: Tensor  # fp32 logits of one chunk
+    passes: RowPasses
 
 
 def fold_piece(walk: Walk, piece: Piece) -> tuple[Tensor, dict[str, Tensor]]:
@@ -250,12 +252,12 @@ def fold_piece(walk: Walk, piece: Piece) -> tuple[Tensor, dict[str, Tensor]]:
     h = chunks.take_hidden(walk.hidden, rows, walk.mask, walk.buffer.dtype)
     z = chunks.project(h, walk.weight, walk.bias, walk.buffer[: chunks.count(rows)])
     target, scale = walk.target[rows], walk.scale.of(rows)
-    stats = chunks.statistics_(z, target, scale, entropy=True)
+    stats = walk.passes.statistics(z, target, scale, True)
     logp, entropy = spread(stats.logp, piece), spread(stats.entropy, piece)
     loss, metrics, d = differentiate(logp, entropy, walk, piece)
     if any(walk.gradients.needs):
         d = d.of(within(piece))
-        d_logits, keep = chunks.gradient_(z, target, stats, d, scale, raw=False, drop=True)
+        d_logits, keep = walk.passes.gradient(z, target, stats, d, scale, raw=False, drop=True)
         left = chunks.keep_within(rows, keep)
         walk.gradients.add(left, h[keep], walk.weight, d_logits)
     return loss, metrics
@@ -264,12 +266,14 @@ def fold_piece(walk: Walk, piece: Piece) -> tuple[Tensor, dict[str, Tensor]]:
 def fold_long_piece(walk: Walk, piece: Piece) -> tuple[Tensor, dict[str, Tensor]]:
     """A sequence or group longer than a chunk: statistics of all its chunks, the objective, then recompute."""
     head = (walk.hidden, walk.weight, walk.bias, walk.target, walk.mask, walk.scale)
-    stats, _ = chunks.forward_chunks(*head, entropy=True, rows=piece.rows, buffer=walk.buffer)
+    stats, _ = chunks.forward_chunks(*head, entropy=True, rows=piece.rows, buffer=walk.buffer, passes=walk.passes)
     span = slice(piece.start, piece.stop)
     loss, metrics, d = differentiate(stats.logp[span].clone(), stats.entropy[span].clone(), walk, piece)
     if any(walk.gradients.needs):
         on_all_rows = Coefficients(*(None if x is None else pad(x, piece, walk.hidden.shape[0]) for x in d))  # type: ignore[arg-type]
-        chunks.backward_chunks(*head, stats, on_all_rows, walk.gradients, rows=piece.rows, buffer=walk.buffer)
+        chunks.backward_chunks(
+            *head, stats, on_all_rows, walk.gradients, rows=piece.rows, buffer=walk.buffer, passes=walk.passes
+        )
     return loss, metrics
 
 

@@ -10,7 +10,7 @@ Everything here works on flat rows, without autograd, in the statistics' dtype: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -303,6 +303,16 @@ def gradient_(
     return z[:done], keep
 
 
+class RowPasses(NamedTuple):
+    """The two row passes of one implementation."""
+
+    statistics: Callable[[Tensor, Tensor, Scale, bool], RowStatistics]
+    gradient: Callable[..., tuple[Tensor, Rows]]
+
+
+TORCH = RowPasses(statistics_, gradient_)
+
+
 # ------------------------------------------------------------------------------------------------ chunk loops
 
 
@@ -327,6 +337,7 @@ def forward_chunks(
     gradient: bool = False,
     rows: Rows | None = None,
     buffer: Tensor | None = None,
+    passes: RowPasses = TORCH,
 ) -> tuple[RowStatistics, Tensor]:
     """Statistics of every row [N], zero where masked: 2NHV. With `gradient` also d logp / d hidden [N, H]: 4NHV."""
     N, V, dtype = hidden.shape[0], weight.shape[0], scale.logit_scale.dtype
@@ -341,12 +352,12 @@ def forward_chunks(
     for part in even_chunks(rows, bound):
         h = take_hidden(hidden, part, mask, dtype)
         z = project(h, weight, bias, buffer[: count(part)])
-        found = statistics_(z, target[part], scale.of(part), entropy)
+        found = passes.statistics(z, target[part], scale.of(part), entropy)
         for x, y in zip(stats, found, strict=True):
             x[part] = y
         if gradient:
             ones = Coefficients(torch.ones_like(found.logp), None)
-            d_logits, _ = gradient_(z, target[part], found, ones, scale.of(part), raw=False)
+            d_logits, _ = passes.gradient(z, target[part], found, ones, scale.of(part), raw=False)
             slope.add(part, h, weight, d_logits)
     if mask is not None and not compacts(mask.device):
         stats = RowStatistics(*(torch.where(mask, x, 0) for x in stats))
@@ -368,6 +379,7 @@ def backward_chunks(
     *,
     rows: Rows | None = None,
     buffer: Tensor | None = None,
+    passes: RowPasses = TORCH,
 ) -> None:
     """Recompute form: logits again, then d logits in place, then two GEMMs (6NHV), over rows with a coefficient."""
     N, V, dtype = hidden.shape[0], weight.shape[0], scale.logit_scale.dtype
@@ -385,7 +397,7 @@ def backward_chunks(
     for part in even_chunks(rows, bound):
         h = take_hidden(hidden, part, mask, dtype)
         z = project(h, weight, bias, buffer[: count(part)])
-        d_logits, _ = gradient_(z, target[part], stats.of(part), d.of(part), scale.of(part), raw=True)
+        d_logits, _ = passes.gradient(z, target[part], stats.of(part), d.of(part), scale.of(part), raw=True)
         gradients.add(part, h, weight, d_logits)
 
 

@@ -17,6 +17,7 @@ from rlcore.algorithms.objective import lookup
 from rlcore.algorithms.policy_loss import metric_names
 from rlcore.algorithms.vocab_head_chunks import Coefficients, RowStatistics, Scale
 from rlcore.layout import TokenBatch
+from rlcore.ops.vocab_head_native import row_passes
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -46,7 +47,8 @@ def linear_logprob_forward(
     """2NHV: (maximum, log_sum, logp, entropy), each [N]."""
     with no_autocast(hidden):
         scale = Scale(temperature, softcap, logit_scale)
-        stats, _ = chunks.forward_chunks(hidden, weight, bias, target.long(), mask, scale, entropy=entropy)
+        stats, _ = chunks.forward_chunks(hidden, weight, bias, target.long(), mask, scale, entropy=entropy,
+                                         passes=row_passes())  # fmt: skip
     return stats.maximum, stats.log_sum, stats.logp, stats.entropy
 
 
@@ -86,7 +88,7 @@ def linear_logprob_backward(
         gradients = chunks.HeadGradients(hidden, weight, (needs[0], needs[1], needs[2]), logit_scale.dtype)
         chunks.backward_chunks(
             hidden, weight, bias, target.long(), mask, scale, RowStatistics(*statistics),
-            Coefficients(d_logp, d_entropy), gradients,
+            Coefficients(d_logp, d_entropy), gradients, passes=row_passes(),
         )  # fmt: skip
     return gradients.hidden, gradients.weight, gradients.bias
 
@@ -133,7 +135,7 @@ def linear_logprob_frozen(
     with no_autocast(hidden):
         scale = Scale(temperature, softcap, logit_scale)
         stats, slope = chunks.forward_chunks(
-            hidden, weight, bias, target.long(), mask, scale, entropy=False, gradient=True
+            hidden, weight, bias, target.long(), mask, scale, entropy=False, gradient=True, passes=row_passes()
         )
     return stats.logp, slope
 
@@ -176,7 +178,7 @@ def linear_policy_loss(
     wanted = (needs[0], needs[1], needs[2])
     with no_autocast(hidden):
         out = algorithm.folded(
-            hidden, weight, rows, structure, bias, temperature, softcap, logit_scale, wanted
+            hidden, weight, rows, structure, bias, temperature, softcap, logit_scale, wanted, row_passes()
         )  # fmt: skip
     names = metric_names(rows, structure, entropy=True)
     metrics = torch.stack([out.metrics[name].to(logit_scale.dtype) for name in names])
