@@ -38,7 +38,7 @@ def statistics_(a: Tensor, target: Tensor, scale: Scale, entropy: bool) -> RowSt
     module = backend.native()
     assert module is not None
     n = a.shape[0]
-    out = RowStatistics(*(torch.empty(n) for _ in range(3)), torch.empty(n) if entropy else torch.zeros(n))
+    out = RowStatistics(torch.empty(n), torch.empty(n), torch.empty(n), torch.empty(n) if entropy else torch.zeros(n))
     target, temperature = target.contiguous(), scale.temperature.contiguous()
     module.vocab_head_statistics(
         *chunk_arguments(a, target, temperature, scale),
