@@ -54,8 +54,15 @@ test-full: lint types ## the same with the long tests
 test-peers: $(PEERS_READY) ## comparisons with other libraries, in an environment of their own
 	$(PEERS_VENV)/bin/python -m pytest -m peers --timeout 1800 $(ARGS)
 
-bench: $(TEST_READY) ## time our functions beside plain torch
-	$(VENV)/bin/python -m pytest bench --benchmark-only --benchmark-columns=min,median,stddev,rounds --benchmark-sort=min --timeout 1800 $(ARGS)
+BENCH := -m pytest bench --benchmark-only --benchmark-quiet --timeout 1800
+
+bench: $(TEST_READY) ## measure every limit on this machine; ARGS="-k segments", ARGS=--guard
+	$(VENV)/bin/python $(BENCH) $(ARGS)
+	$(VENV)/bin/python bench/report.py
+
+bench-peers: $(PEERS_READY) ## time our losses beside those of TRL and Liger
+	$(PEERS_VENV)/bin/python $(BENCH) -m peers $(ARGS)
+	$(PEERS_VENV)/bin/python bench/report.py
 
 lint: $(TEST_READY) ## ruff, clang-format
 	$(VENV)/bin/ruff check .
@@ -122,4 +129,4 @@ define finish
 	@touch $(2)
 endef
 
-.PHONY: help train test test-full test-peers bench lint types clean torch-index
+.PHONY: help train test test-full test-peers bench bench-peers lint types clean torch-index

@@ -1,0 +1,63 @@
+"""The benchmark runs: every row with small shapes, its table, its JSON, its report and its guard."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_quick_benchmark_and_report(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "--benchmark-quiet", "--quick",
+               "-p", "no:cacheprovider", "--threads", "1", "--results", str(tmp_path)]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "rlcore beside its limits" in done.stdout
+    (file,) = tmp_path.glob("*/cpu.json")
+    stored = json.loads(file.read_text())
+    assert {row["family"] for row in stored["rows"]} == {"policy_loss", "prefix_attention", "segments", "vocab_head"}
+    assert all(row["measured"] > 0 for row in stored["rows"])
+    load("report").render(file)
+    assert file.with_suffix(".md").read_text().count("\n| vocab_head |") >= 11
+
+
+def test_verdicts_and_guard() -> None:
+    row = load("measure").Row("key", "family", "ours", "theirs", 1.2, limit="most", asked=1.1, spread=0.05)
+    assert row.verdict == "MISSED" and "1.2" in row.regression(None)
+    inside = replace(row, spread=0.1)
+    assert inside.verdict == "met (in spread)" and inside.regression(None) is None
+    assert replace(row, measured=1.0).verdict == "met"
+    assert row.regression(replace(row, measured=1.19)) is None  # missed before, and no worse now
+    assert row.regression(replace(row, measured=1.05)) is not None
+    assert replace(row, measured=1.5).regression(row) is not None
+    faster = replace(row, limit="least", asked=2.0, measured=1.0)
+    assert faster.verdict == "MISSED" and faster.to_limit == 2.0
+    assert replace(faster, measured=3.0).verdict == "met"
+    unlimited = replace(row, limit="none", asked=None)
+    assert unlimited.met is None and unlimited.regression(None) is None
+    assert type(row).from_dict(row.as_dict()) == row
+
+
+def test_minimum_of_medians_and_spread() -> None:
+    measure = load("measure")
+    assert measure.min_of_medians([9.0, 5.0, 7.0, 4.0, 6.0, 50.0]) == 6.0
+    assert measure.a_against_a([1.0, 2.0] * 3) == 1.0
+    race = measure.run_race({"a": lambda: None, "b": lambda: sum(range(1000))}, seconds=0.1)
+    assert len(race.of("a", "b")) >= 6 and race.of("a", "b")[0] > race.of("a")[0] > 0
