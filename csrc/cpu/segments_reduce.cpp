@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstddef>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/segments.h"
@@ -148,13 +149,23 @@ void segment_reduce(Reduce what, const T* x, const Segments& s, std::int64_t ddo
         return;
     }
     std::vector<double> sums(size_of(s.count), 0.0);
+    std::vector<double> losses(std::is_same_v<T, double> ? size_of(s.count) : 0, 0.0);
     std::vector<std::int64_t> counts(size_of(s.count), 0);
     double* sum = sums.data();
+    double* lost = losses.data();
     std::int64_t* n = counts.data();
     each_row(s, threads, [=](std::int64_t i, std::int64_t g) {
-        sum[g] += static_cast<double>(x[i]);
+        const double value = static_cast<double>(x[i]);
+        const double before = sum[g];
+        sum[g] = before + value;
         ++n[g];
+        if constexpr (std::is_same_v<T, double>) {  // what the addition rounded away
+            const double part = sum[g] - before;
+            lost[g] += (before - (sum[g] - part)) + (value - part);
+        }
     });
+    // With an infinity in the data the compensation is inf - inf; the plain sum is the answer.
+    for (std::size_t g = 0; g < losses.size(); ++g) sum[g] += std::isfinite(lost[g]) ? lost[g] : 0.0;
     const auto mean = [=](std::int64_t g) { return sum[g] / static_cast<double>(std::max<std::int64_t>(n[g], 1)); };
     if (what != Reduce::deviation) {
         for (std::int64_t g = 0; g < s.count; ++g) out[g] = static_cast<T>(what == Reduce::sum ? sum[g] : mean(g));

@@ -31,7 +31,7 @@ class Evaluated(NamedTuple):
 
 
 def is_native(logp: Tensor, entropy: Tensor | None, objective: Objective) -> bool:
-    """Whether the C++ pass computes this objective of these scores (traced: the custom op, which does without it too)."""
+    """Whether the C++ pass computes this objective of these scores (traced: the op, which can do without)."""
     return (
         objective.custom_loss is None
         and logp.device.type == "cpu"
@@ -185,10 +185,5 @@ def _(
     structure = lookup(objective, numbers)
     names = metric_names(TokenBatch.from_tensors(list(batch)), structure, entropy is not None)
     n = logp.numel()
-    f32 = {"dtype": torch.float32}
-    return (
-        logp.new_empty((), **f32),
-        logp.new_empty(len(names), **f32),
-        logp.new_empty(n if needs[0] else 0, **f32),
-        logp.new_empty(n if needs[1] else 0, **f32),
-    )
+    sizes = (n if needs[0] else 0, n if needs[1] else 0)
+    return (logp.new_empty(()), logp.new_empty(len(names)), *(logp.new_empty(size) for size in sizes))  # type: ignore[return-value]

@@ -1,8 +1,10 @@
 """The segments family with its backends: the functions of `rlcore.algorithms.segments`, on the fastest code there is.
 
-Two of them have forms of their own. `segment_sum` over offsets (and `segment_mean` made of it) runs in C++ on the CPU
-and in Triton on CUDA. The reverse scan is one custom op, which torch.compile does not look into, so that a new length
-never recompiles; its gradient is another reverse scan. Inside `rl.backend("reference")` all are plain torch.
+Eagerly on the CPU, where nothing asks for a gradient, each of them is one C++ call (`segments_native`). Where a
+gradient is asked for, or torch.compile traces, two have forms of their own: `segment_sum` over offsets (and
+`segment_mean` made of it) runs in C++ on the CPU and in Triton on CUDA, and the reverse scan is one custom op, which
+torch.compile does not look into, so that a new length never recompiles; its gradient is another reverse scan. The rest
+is plain torch there, as all of them are inside `rl.backend("reference")`.
 """
 
 from __future__ import annotations
@@ -13,22 +15,12 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms import segments as reference
-from rlcore.algorithms.segments import (
-    Advantages,
-    TopK,
-    group_advantage,
-    group_metrics,
-    segment_count,
-    segment_max,
-    segment_min,
-    segment_rank,
-    segment_std,
-    segment_topk,
-    whiten,
-)
+from rlcore.algorithms.segments import Advantages, TopK, group_metrics, whiten
 from rlcore.algorithms.segments_input import check_floating, flat_mask, flat_offsets_of, result_dtype
+from rlcore.algorithms.segments_scan import Scan
 from rlcore.layout import sequence_id
 from rlcore.ops import backend
+from rlcore.ops import segments_native as native
 
 __all__ = [
     "Advantages",
@@ -109,6 +101,8 @@ def segment_sum(
     num_segments: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
+    if offsets is None and (rows := native.rows_of(x, ids, offsets, num_segments, mask)) is not None:
+        return rows.reduce("sum")
     if backend.requested() == "reference" or offsets is None or ids is not None or num_segments is not None:
         return reference.segment_sum(x, ids, offsets=offsets, num_segments=num_segments, mask=mask)
     check_floating("x", x)
@@ -124,23 +118,128 @@ def segment_mean(
     num_segments: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
+    if (rows := native.rows_of(x, ids, offsets, num_segments, mask)) is not None:
+        return rows.reduce("mean")
     if backend.requested() == "reference" or offsets is None or ids is not None or num_segments is not None:
         return reference.segment_mean(x, ids, offsets=offsets, num_segments=num_segments, mask=mask)
     count = offsets.diff() if mask is None else segment_count(x, offsets=offsets, mask=mask)
     return segment_sum(x, offsets=offsets, mask=mask) / count.clamp(min=1)
 
 
+# ---- other reductions
+
+
+def segment_std(
+    x: Tensor,
+    ids: Tensor | None = None,
+    *,
+    offsets: Tensor | None = None,
+    num_segments: int | None = None,
+    mask: Tensor | None = None,
+    ddof: int = 1,
+) -> Tensor:
+    if (rows := native.rows_of(x, ids, offsets, num_segments, mask)) is not None:
+        return rows.reduce("std", ddof)
+    return reference.segment_std(x, ids, offsets=offsets, num_segments=num_segments, mask=mask, ddof=ddof)
+
+
+def segment_min(
+    x: Tensor,
+    ids: Tensor | None = None,
+    *,
+    offsets: Tensor | None = None,
+    num_segments: int | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    if (rows := native.rows_of(x, ids, offsets, num_segments, mask)) is not None:
+        return rows.reduce("min")
+    return reference.segment_min(x, ids, offsets=offsets, num_segments=num_segments, mask=mask)
+
+
+def segment_max(
+    x: Tensor,
+    ids: Tensor | None = None,
+    *,
+    offsets: Tensor | None = None,
+    num_segments: int | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    if (rows := native.rows_of(x, ids, offsets, num_segments, mask)) is not None:
+        return rows.reduce("max")
+    return reference.segment_max(x, ids, offsets=offsets, num_segments=num_segments, mask=mask)
+
+
+def segment_count(
+    x: Tensor,
+    ids: Tensor | None = None,
+    *,
+    offsets: Tensor | None = None,
+    num_segments: int | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    if (rows := native.rows_of(x.detach(), ids, offsets, num_segments, mask)) is not None:
+        return rows.sizes()
+    return reference.segment_count(x, ids, offsets=offsets, num_segments=num_segments, mask=mask)
+
+
+def segment_rank(
+    x: Tensor,
+    ids: Tensor | None = None,
+    *,
+    offsets: Tensor | None = None,
+    num_segments: int | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    if (rows := native.rows_of(x.detach(), ids, offsets, num_segments, mask)) is not None:
+        return rows.rank().reshape(x.shape)
+    return reference.segment_rank(x, ids, offsets=offsets, num_segments=num_segments, mask=mask)
+
+
+def segment_topk(
+    x: Tensor,
+    k: int,
+    ids: Tensor | None = None,
+    *,
+    offsets: Tensor | None = None,
+    num_segments: int | None = None,
+    mask: Tensor | None = None,
+) -> TopK:
+    good = isinstance(k, int) and not isinstance(k, bool) and k >= 1
+    if good and (rows := native.rows_of(x, ids, offsets, num_segments, mask)) is not None:
+        return TopK(*rows.topk(k))
+    return reference.segment_topk(x, k, ids, offsets=offsets, num_segments=num_segments, mask=mask)
+
+
+def group_advantage(
+    reward: Tensor,
+    group: Tensor | None = None,
+    center: str = "group",
+    scale: str = "group",
+    ddof: int = 1,
+    eps: float = 1e-6,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    spread: str = "reward",
+) -> Tensor:
+    if native.runs(reward, group, weight, mask):
+        return native.group_advantage(reward, group, center, scale, ddof, eps, weight, mask, spread)
+    return reference.group_advantage(reward, group, center, scale, ddof, eps, weight, mask, spread=spread)
+
+
 # ---- reverse scans
 
 
 @torch.library.custom_op("rlcore::reverse_scan", mutates_args=())
-def _reverse_scan(delta: Tensor, decay: Tensor, last: Tensor) -> Tensor:
+def _reverse_scan(delta: Tensor, decay: Tensor, last: Tensor, in_cpp: bool = False) -> Tensor:
     """The raw recurrence y[i] = delta[i] + decay[i] * y[i+1], cut after rows that are `last`. [N] each"""
+    if in_cpp and delta.dtype == decay.dtype == torch.float64 and backend.native() is not None:
+        return native.linear_scan(delta, decay, last)
     return reference.linear_scan(delta, decay, last)
 
 
 @_reverse_scan.register_fake
-def _(delta: Tensor, decay: Tensor, last: Tensor) -> Tensor:
+def _(delta: Tensor, decay: Tensor, last: Tensor, in_cpp: bool = False) -> Tensor:
     return torch.empty_like(delta, memory_format=torch.contiguous_format)
 
 
@@ -151,29 +250,32 @@ class _ReverseScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, delta: Tensor, decay: Tensor, last: Tensor) -> Tensor:
-        y = _reverse_scan(delta, decay, last)
+    def forward(ctx: Any, delta: Tensor, decay: Tensor, last: Tensor, in_cpp: bool) -> Tensor:
+        y = _reverse_scan(delta, decay, last, in_cpp)
         ctx.save_for_backward(decay, last, y)
+        ctx.in_cpp = in_cpp
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
         decay, last, y = ctx.saved_tensors
         n = decay.shape[0]
         # The row before i in time comes after it in the reversed order, and carries the decay of its own row.
         before = torch.cat((decay.new_zeros(1), decay[:-1]))[:n]
         first = torch.cat((last.new_ones(1), last[:-1]))[:n]
-        g = _ReverseScan.apply(grad.flip(0), before.flip(0), first.flip(0)).flip(0)
+        g = _ReverseScan.apply(grad.flip(0), before.flip(0), first.flip(0), ctx.in_cpp).flip(0)
         if not ctx.needs_input_grad[1]:
-            return g, None, None
+            return g, None, None, None
         after = torch.cat((y[1:], y.new_zeros(1)))[:n].masked_fill(last, 0.0)
-        return g, g * after, None
+        return g, g * after, None, None
 
 
-def _scan(delta: Tensor, decay: Tensor, last: Tensor) -> Tensor:
+def _scan_for(*inputs: Tensor) -> Scan:
+    """The differentiable scan for functions of these inputs."""
     if backend.requested() == "reference":
-        return reference.linear_scan(delta, decay, last)
-    return _ReverseScan.apply(delta, decay, last)
+        return reference.linear_scan
+    in_cpp = native.native_scans(*inputs)
+    return lambda delta, decay, last: _ReverseScan.apply(delta, decay, last, in_cpp)
 
 
 def reverse_scan(
@@ -183,7 +285,9 @@ def reverse_scan(
     mask: Tensor | None = None,
     bootstrap: Tensor | None = None,
 ) -> Tensor:
-    return reference.reverse_scan(delta, decay, offsets, mask, bootstrap, scan=_scan)
+    if (ready := native.time_of((delta,), offsets, mask, bootstrap, (decay,))) is not None:
+        return ready[0].scan(*ready[1])
+    return reference.reverse_scan(delta, decay, offsets, mask, bootstrap, scan=_scan_for(delta))
 
 
 def gae(
@@ -195,7 +299,9 @@ def gae(
     mask: Tensor | None = None,
     bootstrap: Tensor | None = None,
 ) -> Advantages:
-    return reference.gae(reward, value, offsets, gamma, lam, mask, bootstrap, scan=_scan)
+    if (ready := native.time_of((reward, value), offsets, mask, bootstrap, (gamma, lam))) is not None:
+        return Advantages(*ready[0].gae(*ready[1]))
+    return reference.gae(reward, value, offsets, gamma, lam, mask, bootstrap, scan=_scan_for(reward, value))
 
 
 def discounted_return(
@@ -205,7 +311,9 @@ def discounted_return(
     mask: Tensor | None = None,
     bootstrap: Tensor | None = None,
 ) -> Tensor:
-    return reference.discounted_return(reward, offsets, gamma, mask, bootstrap, scan=_scan)
+    if (ready := native.time_of((reward,), offsets, mask, bootstrap, (gamma,))) is not None:
+        return ready[0].scan(*ready[1])
+    return reference.discounted_return(reward, offsets, gamma, mask, bootstrap, scan=_scan_for(reward))
 
 
 def vtrace(
@@ -220,8 +328,15 @@ def vtrace(
     mask: Tensor | None = None,
     bootstrap: Tensor | None = None,
 ) -> Advantages:
-    return reference.vtrace(reward, value, log_ratio, offsets, gamma, lam, rho_bar, c_bar, mask, bootstrap, scan=_scan)
+    xs = (reward, value, log_ratio)
+    bounded = rho_bar > 0 and c_bar > 0
+    if bounded and (ready := native.time_of(xs, offsets, mask, bootstrap, (gamma, lam))) is not None:
+        return Advantages(*ready[0].vtrace(rho_bar, c_bar, *ready[1]))
+    return reference.vtrace(*xs, offsets, gamma, lam, rho_bar, c_bar, mask, bootstrap, scan=_scan_for(*xs))
 
 
-for _function in (segment_sum, segment_mean, reverse_scan, gae, discounted_return, vtrace):
+for _function in (
+    segment_sum, segment_mean, segment_std, segment_min, segment_max, segment_count, segment_rank, segment_topk,
+    group_advantage, reverse_scan, gae, discounted_return, vtrace,
+):  # fmt: skip
     _function.__doc__ = getattr(reference, _function.__name__).__doc__
