@@ -78,7 +78,8 @@ def bar_chart(rows: Sequence[Row], title: str, path: Path) -> bool:
     axes.set_xlabel("ratio to the limit (less is better; whisker: A-against-A spread)")
     axes.set_title(title)
     axes.tick_params(axis="y", labelsize=7)
-    axes.legend(handles=[Patch(color=c, label=v.lower()) for v, c in COLOURS.items()], fontsize=7, loc="upper left")
+    labels = [Patch(color=colour, label=verdict.lower()) for verdict, colour in COLOURS.items()]
+    figure.legend(handles=labels, fontsize=7, loc="outside lower left", ncols=len(labels), frameon=False)
     figure.savefig(path, dpi=130, metadata={"Software": None})
     pyplot.close(figure)
     return True
