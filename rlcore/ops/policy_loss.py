@@ -1,8 +1,8 @@
 """Policy and value losses on log-probs that exist already.
 
 On the CPU a built-in objective of float32 (or narrower) scores runs as one C++ pass that leaves the loss, all metrics
-and the gradients behind; the backward pass scales these by the incoming gradient into new tensors, so it may run as
-often as the graph is retained. It can not be differentiated twice. Everything else is the reference.
+and the gradients behind. The backward pass scales these by the incoming gradient and leaves them as they are, so it may
+run as often as the graph is retained. It can not be differentiated twice. Everything else is the reference.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["KL", "TIS", "Objective", "native_chunk", "policy_loss", "value_loss"
 
 
 def scaled(ctx: Any, d_loss: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The stored gradients times the incoming one."""
+    """The stored gradients times the incoming one; they are handed out as they are where that is 1."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "rlcore's native policy_loss can not be differentiated twice (create_graph=True); "
@@ -33,9 +33,11 @@ def scaled(ctx: Any, d_loss: Tensor | None) -> tuple[Tensor | None, Tensor | Non
         )
     if d_loss is None:
         return None, None
-    d_logp, d_entropy = ctx.saved_tensors
+    gradients = ctx.saved_tensors
+    if torch.compiler.is_compiling() or d_loss.item() != 1.0:
+        gradients = [x * d_loss for x in gradients]
     wanted = ctx.needs_input_grad
-    return d_logp * d_loss if wanted[0] else None, d_entropy * d_loss if wanted[1] else None
+    return gradients[0] if wanted[0] else None, gradients[1] if wanted[1] else None
 
 
 class PolicyLoss(Function):
