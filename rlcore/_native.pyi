@@ -1,5 +1,6 @@
 """The C++ extension, built from csrc/; `rlcore.ops.backend.native()` gives it, or None where it was not built."""
 
+from collections.abc import Sequence
 from typing import Literal, TypedDict
 
 class Features(TypedDict):
@@ -54,3 +55,130 @@ def vocab_head_gradient(
     raw: bool,
     threads: int,
 ) -> None: ...
+
+# Addresses are those of contiguous tensors (mask: bool; ids, offsets and counts: int64), 0 for none.
+def segment_reduce(
+    what: Literal["sum", "mean", "std", "min", "max"],
+    x: int,
+    offsets: int,
+    ids: int,
+    mask: int,
+    rows: int,
+    count: int,
+    ddof: int,
+    out: int,
+    dtype: Literal["float32", "float64"],
+    threads: int,
+) -> None: ...
+def segment_count(offsets: int, ids: int, mask: int, rows: int, count: int, out: int, threads: int) -> None: ...
+def segment_rank(
+    x: int,
+    offsets: int,
+    ids: int,
+    mask: int,
+    rows: int,
+    count: int,
+    out: int,
+    dtype: Literal["float32", "float64"],
+    threads: int,
+) -> None: ...
+def segment_topk(
+    x: int,
+    offsets: int,
+    ids: int,
+    mask: int,
+    rows: int,
+    count: int,
+    k: int,
+    values: int,
+    places: int,
+    dtype: Literal["float32", "float64"],
+    threads: int,
+) -> None: ...
+def group_advantage(
+    reward: int,
+    group: int,
+    weight: int,
+    mask: int,
+    n: int,
+    center: Literal["none", "group", "leave_one_out", "batch"],
+    scale: Literal["none", "group", "batch"],
+    spread_of_residual: bool,
+    ddof: float,
+    eps: float,
+    out: int,
+) -> None: ...
+def reverse_scan(
+    delta: int,
+    decay_rows: int,
+    decay: float,
+    offsets: int,
+    count: int,
+    rows: int,
+    mask: int,
+    bootstrap: int,
+    out: int,
+    dtype: Literal["float32", "float64"],
+    threads: int,
+) -> None: ...
+def gae(
+    reward: int,
+    value: int,
+    gamma_rows: int,
+    gamma: float,
+    lam_rows: int,
+    lam: float,
+    offsets: int,
+    count: int,
+    rows: int,
+    mask: int,
+    bootstrap: int,
+    advantage: int,
+    returns: int,
+    dtype: Literal["float32", "float64"],
+    threads: int,
+) -> None: ...
+def vtrace(
+    reward: int,
+    value: int,
+    log_ratio: int,
+    gamma_rows: int,
+    gamma: float,
+    lam_rows: int,
+    lam: float,
+    rho_bar: float,
+    c_bar: float,
+    offsets: int,
+    count: int,
+    rows: int,
+    mask: int,
+    bootstrap: int,
+    advantage: int,
+    returns: int,
+    dtype: Literal["float32", "float64"],
+    threads: int,
+) -> None: ...
+def linear_scan(delta: int, decay: int, last: int, n: int, out: int, threads: int) -> None: ...
+
+POLICY_LOSS_METRICS: int
+
+def policy_loss(
+    fields: Sequence[int],
+    numbers: Sequence[int],
+    totals: Sequence[int],
+    rows: int,
+    offsets: int,
+    sequences: int,
+    ratio: Literal["none", "token", "unit"],
+    surrogate: Literal["ppo", "cispo", "reinforce"],
+    estimator: Literal["", "k1", "k2", "k3"],
+    aggregate: str,
+    dual_clip: bool,
+    correction: bool,
+    entropy_term: bool,
+    unit_base: int,
+    unit_count: int,
+    loss: int,
+    metrics: int,
+    threads: int,
+) -> int: ...

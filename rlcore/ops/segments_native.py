@@ -202,11 +202,12 @@ def time_of(
     """The time axis of `xs` and the coefficients made ready for it; None where the C++ code does not take them."""
     if not runs(*xs, offsets, mask, bootstrap, *coefficients) or not native_scans(*xs):
         return None
+    if not all(isinstance(x, Tensor) and x.is_floating_point() and x.shape == xs[0].shape for x in xs):
+        return None
     first, dtype = xs[0], result_dtype(*xs)
     per_row = [c for c in coefficients if isinstance(c, Tensor)]
     fits = (
-        all(isinstance(x, Tensor) and x.is_floating_point() and x.shape == first.shape for x in xs)
-        and all(isinstance(c, (Tensor, int, float)) and not isinstance(c, bool) for c in coefficients)
+        all(isinstance(c, (Tensor, int, float)) and not isinstance(c, bool) for c in coefficients)
         and all(c.dim() == 0 or (c.shape == first.shape and fits_into(c, dtype)) for c in per_row)
         and (bootstrap is None or (isinstance(bootstrap, Tensor) and fits_into(bootstrap, dtype)))
     )
