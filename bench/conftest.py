@@ -29,6 +29,7 @@ class Session:
     guard: bool
     threads: int
     directory: Path
+    shape: tuple[int, ...] | None = None  # of the vocabulary head, where it is not the one of the limits
     committed: dict[str, Row] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     load: float = 0.0
@@ -63,13 +64,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quick", action="store_true", help="small shapes: checks the benchmark, not the speed")
     group.addoption("--guard", action="store_true", help="fail where a limit is missed beyond the spread")
     group.addoption("--threads", type=int, default=2, help="threads of torch (default: 2)")
+    shape = {"type": lambda text: tuple(map(int, text.split(","))), "metavar": "N,H,V"}
+    group.addoption(
+        "--shape", help="tokens, hidden size and vocabulary of vocab_head; not kept in bench/results", **shape
+    )
     default = Path(__file__).parent / "results"
     group.addoption("--results", type=Path, default=default, help="where the JSON goes (default: bench/results)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     option = config.getoption
-    session = Session(option("--quick"), option("--guard"), option("--threads"), option("--results"))
+    session = Session(option("--quick"), option("--guard"), option("--threads"), option("--results"), option("--shape"))
     session.load = os.getloadavg()[0]
     session.read()
     config.stash[SESSION] = session
@@ -79,7 +84,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     run = session.config.stash[SESSION]
     kept = run.directory != Path(__file__).parent / "results"
-    if run.rows and (kept or not (run.quick or run.guard)):
+    if run.rows and (kept or not (run.quick or run.guard or run.shape)):
         run.write()
 
 
@@ -92,6 +97,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_line(f"{facts}, load {run.load:.1f} before and {os.getloadavg()[0]:.1f} after")
     if run.quick:
         terminalreporter.write_line("quick shapes: these figures say nothing about speed")
+    if run.shape:
+        terminalreporter.write_line(
+            "vocab_head with N {}, H {}, V {}: the limits are for another shape".format(*run.shape)
+        )
     terminalreporter.write_line(plain_table(run.rows))
     busy = sum(row.spread > 0.15 for row in run.rows)
     if busy and not run.quick:

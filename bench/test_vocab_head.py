@@ -30,6 +30,7 @@ class Line(NamedTuple):
     least: float | None = None
 
 
+SHAPE = (2048, 1024, 32000)  # tokens, hidden size, vocabulary
 TWO, THREE, FOUR = (f"{n} bare products" for n in (2, 3, 4))
 LINES = {
     "policy_loss": Line("linear_policy_loss", ("policy_loss",), FRESH, THREE, most=1.10),
@@ -56,7 +57,7 @@ def race(request: pytest.FixtureRequest, run: Any) -> Race:
     selected = {item.callspec.params["key"] for item in request.session.items
                 if getattr(item, "originalname", "") == "test_speed" and item.path == request.path}  # fmt: skip
     selected = {key for key in selected if key not in PEERS or missing(key) is None}
-    shape = (96, 32, 300) if run.quick else (2048, 1024, 32000)
+    shape = run.shape or ((96, 32, 300) if run.quick else SHAPE)
     cases = Cases(*shape)
     names = list(dict.fromkeys(name for key in LINES if key in selected for name in LINES[key].ours + LINES[key].over))
     contestants = {name: cases.function(name) for name in names}
@@ -105,7 +106,7 @@ def test_memory(case: str, dtype: str, most: float, record: Callable[..., None],
         pytest.skip("peak memory is read from /proc")
     if run.quick and (case, dtype) != ("policy_loss", "float32"):
         pytest.skip("one process is enough to see that it works")
-    shape = ("256", "64", "2000") if run.quick else ("2048", "1024", "32000")
+    shape = map(str, run.shape or ((256, 64, 2000) if run.quick else SHAPE))
     script = Path(__file__).with_name("memory.py")
     command = [sys.executable, str(script), case, dtype, *shape, str(run.threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
