@@ -31,6 +31,7 @@ class Line(NamedTuple):
 
 
 SHAPE = (2048, 1024, 32000)  # tokens, hidden size, vocabulary
+TORCH = "plain torch"
 TWO, THREE, FOUR = (f"{n} bare products" for n in (2, 3, 4))
 LINES = {
     "policy_loss": Line("linear_policy_loss", ("policy_loss",), FRESH, THREE, most=1.10),
@@ -43,7 +44,8 @@ LINES = {
     "frozen_policy_loss": Line("  frozen head", ("frozen_policy_loss",), (FORWARD, HIDDEN), TWO, most=1.15),
     "frozen_logprob": Line("linear_logprob, frozen head", ("frozen_logprob",), (FORWARD, HIDDEN), TWO, most=1.15),
     "logprob": Line("linear_logprob", ("logprob",), (*FRESH, FORWARD), FOUR, most=1.12),
-    "torch": Line("linear_policy_loss", ("policy_loss",), ("torch",), "plain torch", least=1.6),
+    "torch": Line("linear_policy_loss", ("policy_loss",), ("torch",), TORCH, least=1.6),
+    "torch_entropy": Line("  with entropy gradient", ("entropy_gradient",), ("torch_entropy",), TORCH, least=1.6),
     "trl": Line("linear_policy_loss", ("policy_loss",), ("trl",), "TRL", least=1.7),
     "liger": Line("linear_policy_loss", ("policy_loss",), ("liger",), "Liger", least=1.7),
 }  # fmt: skip

@@ -18,6 +18,7 @@ Results = tuple[Tensor, ...]
 # Whose result, and which part of it: a frozen head has no gradient, Liger returns no entropy.
 EQUALS: dict[str, tuple[str, slice]] = {
     "torch": ("policy_loss", slice(None)),
+    "torch_entropy": ("entropy_gradient", slice(None)),
     "trl": ("policy_loss", slice(None)),
     "liger": ("policy_loss", slice(1, None)),
     "frozen_policy_loss": ("policy_loss", slice(0, 3)),
@@ -69,6 +70,7 @@ class Cases:
             "frozen_logprob": lambda: self._logprob(frozen),
             "logprob": lambda: self._logprob(self.weight),
             "torch": self._torch,
+            "torch_entropy": lambda: self._torch(0.01),
             "trl": self._trl,
             "liger": self._liger,
         }
@@ -113,13 +115,15 @@ class Cases:
         loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
         return loss.mean() if keep is None else (loss * keep).sum() / keep.sum()
 
-    def _torch(self) -> Results:
+    def _torch(self, bonus: float = 0.0) -> Results:
+        """The entropy is a metric, or a term of the loss."""
         scores = (self.hidden @ self.weight.t()).log_softmax(-1)
         logp = scores.gather(-1, self.target[:, None])[:, 0]
-        with torch.no_grad():
+        with torch.set_grad_enabled(bonus > 0):
             entropy = -(scores.exp() * scores).sum(-1).mean()
         loss = self._surrogate(logp, self.dense_advantage)
-        return (entropy, *self._gradients(loss, (self.hidden, self.weight)))
+        loss = loss - bonus * entropy if bonus else loss
+        return (entropy.detach(), *self._gradients(loss, (self.hidden, self.weight)))
 
     def _trl(self) -> Results:
         """The path of its trainer: its chunks of the vocabulary, log-prob and entropy; the loss in torch."""
