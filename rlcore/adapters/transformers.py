@@ -151,7 +151,8 @@ def _attachment(inner: Any) -> Attachment:
 
 
 def _is_attached(module: nn.Module) -> bool:
-    return all((config._attn_implementation or "").startswith(PREFIX) for config in configs(module))
+    names = [config._attn_implementation for config in configs(module)]
+    return all(name is None or name.startswith(PREFIX) for name in names)
 
 
 def configs(module: nn.Module) -> list[Any]:
