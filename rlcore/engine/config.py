@@ -91,7 +91,7 @@ class RolloutConfig:
 class UpdateConfig:
     """How the policy is updated."""
 
-    lr: float = 1e-3
+    lr: float = 1.5e-3
     """Peak learning rate of AdamW."""
     warmup: int = 5
     """Steps over which the learning rate rises linearly from zero."""
@@ -107,7 +107,7 @@ class UpdateConfig:
     """Gradients are scaled down to this global norm."""
     epochs: int = 1
     """Passes over the answers of a step."""
-    minibatches: int = 1
+    minibatches: int = 2
     """Optimizer steps per pass."""
     micro_tokens: int = 8192
     """Most answer tokens that go through the model at a time; the answers to a prompt stay together."""
@@ -137,7 +137,7 @@ class Config:
 
     method: str = "grpo"
     """Algorithm, by key: grpo, rloo, reinforce_pp."""
-    steps: int = 200
+    steps: int = 300
     """Steps: rollout, reward, advantage, update."""
     seed: int = 0
     """Seeds everything random: the small model and its warm start, prompts, answers, order of updates."""
