@@ -301,8 +301,17 @@ def custom_chunk(
     total = (coefficient * torch.where(keep, loss, 0)).sum()
     metrics = {"tokens": keep.sum().to(logp.dtype), "loss": total.detach()}
     for name, value in named.items():
-        metrics[name] = (per_token * torch.where(keep, value.detach(), 0)).sum()
+        metrics[name] = custom_metric(name, value.detach(), per_token, keep)
     return total, metrics
+
+
+def custom_metric(name: str, value: Tensor, per_token: Tensor, keep: Tensor) -> Tensor:
+    """A user's metric by its name: `*_min` and `*_max` over the unmasked tokens, else the mean over the minibatch's."""
+    if name.endswith(("_min", "_max")):
+        sign = 1.0 if name.endswith("_max") else -1.0
+        masked = torch.where(keep, sign * value, -torch.inf)
+        return sign * (masked.amax() if value.numel() else masked.new_tensor(-torch.inf))
+    return (per_token * torch.where(keep, value, 0)).sum()
 
 
 def metric_names(batch: TokenBatch, objective: Objective, entropy: bool) -> tuple[str, ...]:

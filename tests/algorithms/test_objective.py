@@ -94,6 +94,20 @@ def test_custom_objective_never_sees_masked_values():
     assert torch.isfinite(loss) and torch.isfinite(logp.grad).all()
 
 
+def test_custom_metrics_merge_by_their_names():
+    def extremes(logp, entropy, batch):
+        return -logp, {"logp_min": logp, "logp_max": logp, "logp_of_all": logp}
+
+    mask = torch.tensor([1, 1, 0, 1, 1, 1, 1, 1, 0])
+    logp, batch = -torch.rand(9), batch_of(mask=mask)
+    objective = rl.Objective.custom(extremes)
+    parts = [rl.policy_loss(logp[p.rows], p, objective)[1] for p in batch.split(4)]
+    merged, live = rl.merge_metrics(parts), logp[mask == 1]
+    assert float(merged["logp_min"]) == float(live.min())
+    assert float(merged["logp_max"]) == float(live.max())
+    assert float(merged["logp_of_all"]) == pytest.approx(float(live.mean()))
+
+
 def test_captured_gradients_are_refused():
     scale = torch.ones((), requires_grad=True)
 
