@@ -50,7 +50,7 @@ class ModelConfig:
     """The policy."""
 
     path: str = ""
-    """Directory or id of a Hugging Face causal LM. Empty: a small Qwen3 model, made by a short supervised warm start."""
+    """Directory or id of a Hugging Face causal LM. Empty: a small Qwen3, made by a short supervised warm start."""
     hidden_size: int = 128
     """Width of the small model."""
     layers: int = 2
@@ -167,9 +167,9 @@ class Config:
 def validate(config: Config) -> Config:
     """Checks ranges and returns the config; raises UserError that names the key, what is expected and what came."""
     at_least_one = (
-        "steps checkpoint_every keep task.pool task.held_out model.hidden_size model.layers model.heads model.warm_batch "
-        "rollout.prompts rollout.samples rollout.max_new_tokens update.epochs update.minibatches update.micro_tokens "
-        "eval.samples eval.batch"
+        "steps checkpoint_every keep task.pool task.held_out model.hidden_size model.layers model.heads "
+        "model.warm_batch rollout.prompts rollout.samples rollout.max_new_tokens update.epochs update.minibatches "
+        "update.micro_tokens eval.samples eval.batch"
     )
     not_negative = (
         "threads log_samples model.warm_steps rollout.top_k update.warmup update.weight_decay update.clip_low "
@@ -200,7 +200,7 @@ def validate(config: Config) -> Config:
 
 
 def load_toml(path: Path, default: Config | None = None) -> Config:
-    """The config in a TOML file over `default`. Unknown keys and wrong types raise UserError with file, line and key."""
+    """The config in a TOML file over `default`. Unknown keys and wrong types raise UserError: file, line and key."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

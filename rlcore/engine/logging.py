@@ -147,7 +147,8 @@ class Screen:
         self.accuracy = record.get("eval/accuracy", self.accuracy)
         if "reward" not in record:
             return
-        line = f"reward {record['reward']:.3f}  held-out {self.accuracy:.1%}  {record['time/tokens_per_s']:,.0f} tokens/s"
+        speed = record["time/tokens_per_s"]
+        line = f"reward {record['reward']:.3f}  held-out {self.accuracy:.1%}  {speed:,.0f} tokens/s"
         if self.bar:
             self.bar.update(self.task, completed=step, description=line)
         elif step == self.steps or step % max(1, self.steps // 25) == 0:
@@ -177,7 +178,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def cut(path: Path, first_step: int) -> Any:
-    """Opens a JSONL file for appending after its records before `first_step`; what comes later or is damaged is cut off."""
+    """Opens a JSONL file for appending after its records before `first_step`; what is later or damaged is cut off."""
     file = path.open("a+b")
     file.seek(0)
     end = 0

@@ -1,8 +1,8 @@
 """Problems with a verifier: reasoning-gym tasks, split into training and held-out questions.
 
 reasoning-gym seeds item i of a data set with seed + i, so two data sets with different seeds are almost the same one,
-shifted: a train/test split by seed leaks. Here one pool of distinct questions is generated, and the hash of a question's
-text alone decides on which side it lies. The warm start and the reinforcement learning see training questions only.
+shifted: a split by seed leaks. Here one pool of distinct questions is generated, and the hash of a question's text
+alone decides on which side it lies. The warm start and the reinforcement learning see training questions only.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Task:
                 self.held_out.append(problem)
         if not self.train or not self.held_out:
             raise UserError(
-                f"task {config.name!r}: {len(seen)} distinct questions are too few to split into training and held-out; "
-                "raise task.pool or task.held_out_fraction"
+                f"task {config.name!r}: {len(seen)} distinct questions are too few to split into training and "
+                "held-out; raise task.pool or task.held_out_fraction"
             )
 
     def score(self, problem: Problem, response: str) -> float:

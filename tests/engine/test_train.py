@@ -20,7 +20,7 @@ from rlcore.engine.config import Config, load_toml
 from rlcore.engine.errors import Interrupted, SaveError, UserError
 from rlcore.engine.logging import RunLog, read
 from rlcore.engine.run import RunDirectory, name_run
-from rlcore.engine.trainer import StopSignal, learning_rate, train
+from rlcore.engine.trainer import StopSignal, learning_rate, repeatable, train
 
 
 def path_of(config: Config) -> Path:
@@ -165,9 +165,11 @@ def kill_and_resume(config: Config, reference: tuple, duration: float, kills: in
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_kill_at_random_moments(tiny, uninterrupted, seed):
+def test_kill_at_random_moments(tiny, uninterrupted, seed, tmp_path):
+    """Nothing is cached here: the warm start may be what is killed."""
     reference, duration = uninterrupted(tiny())
-    kill_and_resume(tiny(), reference, duration, kills=3, seed=seed)
+    config = tiny(model__cache=str(tmp_path / "cache"))
+    kill_and_resume(config, reference, duration, kills=3, seed=seed)
 
 
 @pytest.mark.slow
@@ -242,9 +244,8 @@ def test_resume_of_a_finished_run_changes_nothing(tiny, uninterrupted):
 
 def test_two_runs_in_one_directory_are_refused(tiny):
     config = tiny()
-    with RunDirectory(path_of(config), config, resume=False):
-        with pytest.raises(UserError, match="in use"):
-            train(config, resume=True)
+    with RunDirectory(path_of(config), config, resume=False), pytest.raises(UserError, match="in use"):
+        train(config, resume=True)
     with pytest.raises(UserError, match="--resume"):
         train(config)
 
@@ -313,6 +314,10 @@ def test_a_second_signal_stops_at_once():
 
 
 def test_torch_settings_come_back(tiny):
-    before = torch.get_num_threads(), torch.get_deterministic_debug_mode()
-    train(tiny(steps=1, threads=2))
-    assert (torch.get_num_threads(), torch.get_deterministic_debug_mode()) == before
+    def settings():
+        return torch.get_num_threads(), torch.get_deterministic_debug_mode()
+
+    before = settings()
+    with repeatable(tiny(threads=2)):
+        assert settings()[0] == 2 and settings()[1] > 0
+    assert settings() == before
