@@ -35,6 +35,9 @@ class TaskConfig:
     template: str = ""
     """The prompt: {question} stands for the question's text, {name} for an entry of the task's metadata. Empty: the
     question and a line break; for chain_sum the bare "{expression} ="."""
+    partial_credit: bool = False
+    """Reward an answer that is not right with the verifier's score for it. Policies stop at such answers: "14" for "4"
+    is half right to chain_sum's verifier, because it contains it."""
     pool: int = 80000
     """How many items are drawn from the task; duplicates are dropped."""
     seed: int = 0
@@ -137,7 +140,7 @@ class Config:
 
     method: str = "grpo"
     """Algorithm, by key: grpo, rloo, reinforce_pp."""
-    steps: int = 300
+    steps: int = 400
     """Steps: rollout, reward, advantage, update."""
     seed: int = 0
     """Seeds everything random: the small model and its warm start, prompts, answers, order of updates."""

@@ -116,7 +116,7 @@ def load_or_make(config: Config, task: Task, device: torch.device, say: Callable
 def fingerprint(config: Config, device: torch.device) -> str:
     """A name for the warm start of a config: equal where all that it depends on is equal."""
     model = {k: v for k, v in asdict(config.model).items() if k not in ("path", "cache")}
-    task = {k: v for k, v in asdict(config.task).items() if k != "held_out"}
+    task = {k: v for k, v in asdict(config.task).items() if k not in ("held_out", "partial_credit")}
     parts = [rl.__version__, RECIPE, config.seed, model, task, device.type, torch.get_num_threads()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -57,7 +57,7 @@ class Task:
             self.dataset = reasoning_gym.create_dataset(config.name, size=config.pool, seed=config.seed, **options)
         except (TypeError, AssertionError, ValueError) as error:
             raise UserError(f"task.options do not fit the task {config.name!r}: {error}") from None
-        self.name = config.name
+        self.name, self.partial_credit = config.name, config.partial_credit
         template = config.template or TEMPLATES.get(config.name, "{question}\n")
         self.train: list[Problem] = []
         self.held_out: list[Problem] = []
@@ -80,7 +80,8 @@ class Task:
 
     def score(self, problem: Problem, response: str) -> float:
         """The verifier's reward for a response, 1.0 where it is right."""
-        return float(self.dataset.score_answer(response.strip(), problem.entry))
+        score = float(self.dataset.score_answer(response.strip(), problem.entry))
+        return score if self.partial_credit else float(score >= 1.0)
 
     def prompts(self, step: int, count: int, seed: int) -> list[Problem]:
         """The `count` training problems of a step: every epoch is a fresh permutation of all of them."""
