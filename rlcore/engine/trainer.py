@@ -98,6 +98,7 @@ def train(config: Config, resume: bool = False) -> None:
                     log.sync()
                     checkpoint.save(run.checkpoints, step, model, tokenizer, optimizer, config.keep)
                 if stop.requested and step < config.steps:
+                    log.curves()
                     raise Interrupted(f"Stopped after step {step}. Go on with: rlcore train --resume {run.path}")
             log.conclude()
 

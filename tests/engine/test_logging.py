@@ -47,6 +47,7 @@ def test_read_leaves_a_half_written_line_out(tmp_path):
 def test_metrics_are_valid_json_and_exact(tmp_path):
     with RunLog(tmp_path, 0, 2) as log:
         log.step(0, {"eval/accuracy": 0.1 + 0.2, "bad": float("nan")})
+        log.conclude()
     text = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {"step": 0, "eval/accuracy": 0.1 + 0.2, "bad": None}
     assert (tmp_path / "curves.png").exists()
