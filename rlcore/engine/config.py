@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import re
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Any, Literal
 
 from rlcore.engine.errors import UserError
 
-if typing.TYPE_CHECKING or __import__("sys").version_info >= (3, 11):
+if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib

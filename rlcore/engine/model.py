@@ -103,6 +103,7 @@ def load_or_make(config: Config, task: Task, device: torch.device, say: Callable
         say(f"warm-started model from {directory}")
         model, tokenizer = load(directory)
         return model.to(device), tokenizer
+    say("making a small model: supervised steps on training questions until some of its answers are right")
     tokenizer = character_tokenizer()
     model = small_model(config, len(tokenizer)).to(device).eval()
     warm_start(model, tokenizer, task, config, say)
@@ -110,7 +111,10 @@ def load_or_make(config: Config, task: Task, device: torch.device, say: Callable
         write_directory(directory, lambda temporary: save_model(temporary, model, tokenizer))
     except SaveError as error:
         say(f"the warm-started model is not kept for the next run: {error}")
-    return model, tokenizer
+        return model, tokenizer
+    # Read back, so that the first run has what later ones have, down to the bytes of the tokenizer's files.
+    model, tokenizer = load(directory)
+    return model.to(device), tokenizer
 
 
 def fingerprint(config: Config, device: torch.device) -> str:

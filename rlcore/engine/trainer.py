@@ -46,8 +46,9 @@ def train(config: Config, resume: bool = False) -> None:
         raise UserError(f"method: unknown key {config.method!r}; there are {', '.join(rl.methods())}")
     method = rl.methods()[config.method]
     device = choose_device(config)
-    with RunDirectory(Path(config.dir) / config.name, config, resume) as run, repeatable(config), StopSignal() as stop:
+    with RunDirectory(Path(config.dir) / config.name, config, resume) as run, repeatable(config):
         task = Task(config.task)
+        checkpoint.clean(run.checkpoints)
         saved = checkpoint.load_latest(run.checkpoints, print) if resume else None
         if saved is None:
             first_step = 0
@@ -66,7 +67,7 @@ def train(config: Config, resume: bool = False) -> None:
             checkpoint.restore_optimizer(saved.path, model, optimizer)
         objective = method.objective(**clip_bounds(config, method.structure))
 
-        with RunLog(run.path, first_step, config.steps) as log:
+        with RunLog(run.path, first_step, config.steps) as log, StopSignal() as stop:
             log.say(introduction(config, policy, task, run, first_step))
             # Step 0 is the evaluation before any training.
             for step in range(first_step, config.steps + 1):
@@ -112,7 +113,7 @@ def update(
     config: Config,
     step: int,
 ) -> dict[str, float]:
-    """The optimizer steps on one rollout, advantage [N]; returns the metrics of the policy, averaged over them."""
+    """The optimizer steps on one rollout, advantage [N]; returns the metrics of the loss over all of them."""
     start = time.perf_counter()
     P, G = len(rollout.prompts), config.rollout.samples
     old_logp = trainer_logp(policy, rollout, config)
@@ -139,9 +140,8 @@ def update(
             steps.append({**rl.merge_metrics(parts), "grad_norm": norm})
 
     mismatch = (old_logp - rollout.model_logp).abs()
-    averages = {f"policy/{key}": torch.stack([s[key] for s in steps]).float().mean().item() for key in steps[0]}
     return {
-        **averages,
+        **{f"policy/{key}": over_steps(key, [s[key] for s in steps]) for key in steps[0]},
         "mismatch_max": mismatch.max().item(),
         "mismatch_mean": mismatch.mean().item(),
         "lr": optimizer.param_groups[0]["lr"],
@@ -158,6 +158,13 @@ def trainer_logp(policy: Policy, rollout: Rollout, config: Config) -> Tensor:
         own = slice(micro.sequences.start // G, micro.sequences.stop // G)
         parts.append(policy.logp(rollout.prompts[own], rollout.responses[own], micro))
     return torch.cat(parts)
+
+
+def over_steps(name: str, values: list[Tensor]) -> float:
+    """One number for several optimizer steps: the largest of a maximum, the smallest of a minimum, else the mean."""
+    stacked = torch.stack(values).float()
+    reduced = stacked.amax() if name.endswith("_max") else stacked.amin() if name.endswith("_min") else stacked.mean()
+    return reduced.item()
 
 
 def summary(rollout: Rollout) -> dict[str, float]:

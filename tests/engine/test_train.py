@@ -162,6 +162,7 @@ def kill_and_resume(config: Config, reference: tuple, duration: float, kills: in
             break
     train(config, resume=started(config))
     assert_same_outcome(config, reference)
+    assert not list(path_of(config).rglob("*.tmp*"))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -248,6 +249,31 @@ def test_two_runs_in_one_directory_are_refused(tiny):
         train(config, resume=True)
     with pytest.raises(UserError, match="--resume"):
         train(config)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_any_model_by_path(tiny, small, tmp_path, capsys, dropout):
+    """A model of another architecture, stored with its tokenizer in Hugging Face format."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "attn_pdrop": dropout, "embd_pdrop": dropout}
+    GPT2LMHeadModel(GPT2Config(vocab_size=99, **shape)).save_pretrained(tmp_path / "gpt2")
+    small[1].save_pretrained(tmp_path / "gpt2")
+    config = tiny(steps=2, model__path=str(tmp_path / "gpt2"))
+    train(config)
+    out = capsys.readouterr().out
+    assert "GPT2LMHeadModel" in out and "warm start" not in out
+    assert read(path_of(config) / "metrics.jsonl")[-1]["mismatch_max"] < 5e-5
+
+
+def test_padded_batches_are_said_aloud(tiny, monkeypatch, capsys):
+    def refuse(model):
+        raise ValueError("it has a window of seven")
+
+    monkeypatch.setattr("rlcore.attach", refuse)
+    train(tiny(steps=1))
+    out = capsys.readouterr().out
+    assert "padded batches, because prefix trees are not exact for this model: it has a window of seven" in out
 
 
 def test_names(tiny, tmp_path):
