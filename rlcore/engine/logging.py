@@ -45,6 +45,8 @@ class RunLog:
             self.samples = cut(directory / "samples.jsonl", first_step)
             self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
         self.screen = Screen(first_step, steps)
+        for record in read(directory / "metrics.jsonl"):
+            self.screen.accuracy = record.get("eval/accuracy", self.screen.accuracy)
         self.drawn = time.monotonic()
 
     def __enter__(self) -> RunLog:
