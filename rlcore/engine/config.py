@@ -152,7 +152,7 @@ class Config:
     device: str = "auto"
     """cpu, cuda, cuda:N; auto: cuda where there is one, else cpu."""
     threads: int = 0
-    """CPU threads; 0 leaves it to torch."""
+    """CPU threads; 0: one for the small model, whose work is too fine to share, and torch's own number for others."""
     shuffle_rewards: bool = False
     """Control experiment: deal the rewards of a step out at random. Nothing can be learned."""
     checkpoint_every: int = 25

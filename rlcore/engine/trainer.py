@@ -237,7 +237,7 @@ def repeatable(config: Config) -> Iterator[None]:
     threads, mode = torch.get_num_threads(), torch.get_deterministic_debug_mode()
     memory: Any = torch.utils.deterministic
     fill = memory.fill_uninitialized_memory
-    torch.set_num_threads(config.threads or threads)
+    torch.set_num_threads(config.threads or (threads if config.model.path else 1))
     if not mode:
         torch.use_deterministic_algorithms(True, warn_only=True)
         memory.fill_uninitialized_memory = False
