@@ -46,10 +46,10 @@ train: $(TRAIN_READY) ## train with the default configuration; ARGS="--seed 1" a
 	$(VENV)/bin/rlcore train $(ARGS)
 
 test: lint types ## lint, types and all tests but the long ones
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow and not peers" $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not peers" $(ARGS)
 
 test-full: lint types ## the same with the long tests
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup -m "not peers" --timeout 1800 $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not peers" --timeout 1800 $(ARGS)
 
 test-peers: $(PEERS_READY) ## comparisons with other libraries, in an environment of their own
 	$(PEERS_VENV)/bin/python -m pytest -m peers --timeout 1800 $(ARGS)

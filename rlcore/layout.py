@@ -8,19 +8,22 @@ target[i], logp[i] is the log-probability of target[i]. Nothing inside the libra
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-PER_TOKEN = ("target", "mask", "old_logp", "ref_logp", "rollout_logp", "segment", "kl_mask", "value", "old_value",
-             "returns")  # fmt: skip
-PER_TOKEN_OR_SEQUENCE = ("advantage", "weight", "clip_low", "clip_high")
-PER_SEQUENCE = ("group",)
-FLOATING = ("old_logp", "ref_logp", "rollout_logp", "value", "old_value", "returns", *PER_TOKEN_OR_SEQUENCE)
-TENSORS = ("target", "offsets", "mask", "advantage", "old_logp", "ref_logp", "rollout_logp", "group", "segment",
-           "weight", "clip_low", "clip_high", "kl_mask", "value", "old_value", "returns")  # fmt: skip
+from rlcore.layout_checks import (
+    PER_SEQUENCE,
+    PER_TOKEN,
+    PER_TOKEN_OR_SEQUENCE,
+    TENSORS,
+    check_batch,
+    check_offsets,
+    check_totals,
+    check_zero_one,
+)
 
 
 class Totals(NamedTuple):
@@ -33,6 +36,10 @@ class Totals(NamedTuple):
     tokens: Tensor
     sequences: Tensor
     groups: Tensor
+
+
+class OwnTotals(Totals):
+    """Totals that a batch counted itself: `dataclasses.replace` counts them anew, given or inherited ones stay."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,26 +75,36 @@ class TokenBatch:
     returns: Tensor | None = None
     totals: Totals | None = None
     count_empty: bool = True
-    # Set by `split`, `flat` and `Objective.prepare`, never by hand.
+    # Set by `split` and `Objective.prepare`, never by hand.
     rows: slice | None = field(default=None, repr=False)
     sequences: slice | None = field(default=None, repr=False)
+    whole: bool = field(default=True, repr=False)
     prepared: bool = field(default=False, repr=False)
-    checked: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not self.checked:
-            check_batch(self)
-            for name in ("mask", "kl_mask"):
-                given = getattr(self, name)
-                if given is not None and given.dtype != torch.bool:
-                    object.__setattr__(self, name, given != 0)
-            for name in PER_TOKEN_OR_SEQUENCE:
-                given = getattr(self, name)
-                if given is not None and given.shape != self.shape:
-                    object.__setattr__(self, name, given[self.sequence_id()].reshape(self.shape))
-            object.__setattr__(self, "checked", True)
-        if self.totals is None:
+        check_batch(self)
+        check_totals(self, Totals)
+        for name in ("mask", "kl_mask"):
+            given = getattr(self, name)
+            if given is not None and given.dtype != torch.bool:
+                object.__setattr__(self, name, given != 0)
+        for name in PER_TOKEN_OR_SEQUENCE:
+            given = getattr(self, name)
+            if given is not None and given.shape != self.shape:
+                object.__setattr__(self, name, given[self.sequence_id()].reshape(self.shape))
+        if self.totals is None or isinstance(self.totals, OwnTotals):
             object.__setattr__(self, "totals", count_totals(self))
+
+    def derived(self, **changes: Any) -> TokenBatch:
+        """A copy with other fields, unchecked and with the same totals: for parts and views of a checked batch.
+
+        Your own changes go through `dataclasses.replace`, which checks them and counts the totals anew unless they
+        were given or belong to the minibatch that this is a part of.
+        """
+        new = object.__new__(TokenBatch)
+        for name, value in {**self.__dict__, **changes}.items():
+            object.__setattr__(new, name, value)
+        return new
 
     @property
     def padded(self) -> bool:
@@ -111,8 +128,8 @@ class TokenBatch:
 
     @property
     def is_micro(self) -> bool:
-        """Whether this is a part of a minibatch, made by `split`."""
-        return self.rows is not None
+        """Whether this is a part of a minibatch, cut off by `split`."""
+        return not self.whole
 
     def lengths(self) -> Tensor:
         """Rows per sequence, masked ones included, [S] int64."""
@@ -133,7 +150,7 @@ class TokenBatch:
             x = getattr(self, name)
             if x is not None:
                 per_row[name] = x.reshape(-1)
-        return replace(self, offsets=flat_offsets(self), **per_row)
+        return self.derived(offsets=flat_offsets(self), **per_row)
 
     def split(self, max_tokens: int, by: str = "sequence") -> list[TokenBatch]:
         """Cut at sequence (or group) borders into micro-batches of at most `max_tokens` rows that keep the totals.
@@ -142,7 +159,7 @@ class TokenBatch:
         together; groups must be contiguous. Each part says where it came from: `.rows` in the flat rows of this batch,
         `.sequences` in its sequences. The losses of the parts sum to the loss of the whole.
         """
-        if not isinstance(max_tokens, int) or max_tokens < 1:
+        if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
             raise ValueError(f"max_tokens: expected a positive int; got {max_tokens!r}")
         if by not in ("sequence", "group"):
             raise ValueError(f'by: expected "sequence" or "group"; got {by!r}')
@@ -171,8 +188,14 @@ class TokenBatch:
                 parts[name] = x[starts[a] : starts[b]]
         base_row = self.rows.start if self.rows is not None else 0
         base_sequence = self.sequences.start if self.sequences is not None else 0
-        rows = slice(base_row + starts[a], base_row + starts[b])
-        return replace(self, **parts, rows=rows, sequences=slice(base_sequence + a, base_sequence + b))
+        assert self.totals is not None
+        return self.derived(
+            **parts,
+            rows=slice(base_row + starts[a], base_row + starts[b]),
+            sequences=slice(base_sequence + a, base_sequence + b),
+            whole=self.whole and b - a == self.S,
+            totals=Totals(*self.totals),
+        )
 
     def chunk(self, start: int, stop: int) -> TokenBatch:
         """Rows [start, stop) of a flat batch as views; sequences keep their ids, offsets are clamped to the chunk."""
@@ -181,7 +204,7 @@ class TokenBatch:
             x = getattr(self, name)
             if x is not None:
                 parts[name] = x[start:stop]
-        return replace(self, offsets=flat_offsets(self).clamp(start, stop) - start, **parts)
+        return self.derived(offsets=flat_offsets(self).clamp(start, stop) - start, **parts)
 
     def tensors(self) -> list[Tensor | None]:
         """The tensor fields in the order of `layout.TENSORS`, then the totals: what a custom op takes."""
@@ -189,16 +212,21 @@ class TokenBatch:
         return [getattr(self, name) for name in TENSORS] + list(self.totals)
 
     @classmethod
-    def from_tensors(cls, tensors: list[Tensor | None], **flags: bool) -> TokenBatch:
+    def from_tensors(cls, tensors: list[Tensor | None], prepared: bool = False) -> TokenBatch:
         """The batch whose `tensors()` these are, unchecked."""
+        blank = object.__new__(cls)
+        fresh = {f.name: None if f.default is MISSING else f.default for f in fields(cls)}
+        given = dict(zip(TENSORS, tensors, strict=False))
         totals = Totals(*tensors[len(TENSORS) :])  # type: ignore[arg-type]
-        return cls(**dict(zip(TENSORS, tensors, strict=False)), totals=totals, checked=True, **flags)  # type: ignore[arg-type]
+        for name, value in {**fresh, **given, "totals": totals, "prepared": prepared}.items():
+            object.__setattr__(blank, name, value)
+        return blank
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device."""
         moved = {name: x.to(device) for name in TENSORS if (x := getattr(self, name)) is not None}
         assert self.totals is not None
-        return replace(self, **moved, totals=Totals(*(x.to(device) for x in self.totals)))
+        return self.derived(**moved, totals=type(self.totals)(*(x.to(device) for x in self.totals)))
 
 
 def flat_offsets(batch: TokenBatch) -> Tensor:
@@ -217,16 +245,21 @@ def sequence_id(offsets: Tensor, N: int) -> Tensor:
 def per_token(x: Tensor, offsets: Tensor | TokenBatch) -> Tensor:
     """Repeat a value per sequence over its tokens: y[i] = x[s] for offsets[s] <= i < offsets[s+1].
 
-    x is [S], `offsets` is [S+1] (result [N]) or a TokenBatch (result in its shape). Raises ValueError on a wrong shape.
+    x is [S], `offsets` is [S+1] (result [N]) or a TokenBatch (result in its shape, without a device sync). The result
+    is marked as per token, which TokenBatch reads where S == N. Raises TypeError or ValueError that name the argument.
     """
+    S = offsets.S if isinstance(offsets, TokenBatch) else offsets.shape[0] - 1
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a torch.Tensor; got {type(x).__name__}")
+    if x.shape != (S,):
+        raise ValueError(f"x: expected shape ({S},), one value per sequence; got {tuple(x.shape)}")
     if isinstance(offsets, TokenBatch):
-        if x.shape != (offsets.S,):
-            raise ValueError(f"x: expected shape ({offsets.S},), one value per sequence; got {tuple(x.shape)}")
-        return x[offsets.sequence_id()].reshape(offsets.shape)
-    if x.shape != (offsets.shape[0] - 1,):
-        raise ValueError(f"x: expected shape ({offsets.shape[0] - 1},), one value per sequence; got {tuple(x.shape)}")
-    y = torch.repeat_interleave(x, offsets.diff())
-    y.is_per_token = True  # type: ignore[attr-defined]  # tells TokenBatch which one it is where S == N
+        y = x[offsets.sequence_id()].reshape(offsets.shape)
+    else:
+        if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_offsets(offsets, int(offsets[-1]))
+        y = torch.repeat_interleave(x, offsets.diff())
+    y.is_per_token = True  # type: ignore[attr-defined]
     return y
 
 
@@ -237,28 +270,29 @@ def shift(input_ids: Tensor, mask: Tensor | None = None, offsets: Tensor | None 
     Returns (target, mask) of the same shape: target[i] = input_ids[i+1], mask[i] = mask[i+1], and the last row of each
     sequence, which predicts nothing, is masked and has target 0. The model's hidden states are used unshifted.
     """
-    if mask is not None and mask.shape != input_ids.shape:
-        raise ValueError(f"mask: expected shape {tuple(input_ids.shape)} like input_ids; got {tuple(mask.shape)}")
-    if input_ids.dim() == 1 and offsets is None:
-        raise ValueError("offsets: needed for packed input_ids of shape [N]")
-    if input_ids.dim() not in (1, 2):
-        raise ValueError(f"input_ids: expected [B, T] or [N]; got shape {tuple(input_ids.shape)}")
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids: expected a torch.Tensor; got {type(input_ids).__name__}")
+    if input_ids.dim() not in (1, 2) or input_ids.numel() == 0:
+        raise ValueError(f"input_ids: expected [B, T] or [N] with a token in it; got shape {tuple(input_ids.shape)}")
+    if mask is not None:
+        if mask.shape != input_ids.shape:
+            raise ValueError(f"mask: expected shape {tuple(input_ids.shape)} like input_ids; got {tuple(mask.shape)}")
+        check_zero_one("mask", mask)
+    if (offsets is None) != (input_ids.dim() == 2):
+        raise ValueError("offsets: needed for packed input_ids [N], and only there; a padded batch [B, T] has none")
     target = torch.zeros_like(input_ids)
     target[..., :-1] = input_ids[..., 1:]
     shifted = torch.zeros_like(input_ids, dtype=torch.bool)
     shifted[..., :-1] = True if mask is None else mask[..., 1:] != 0
     if offsets is not None:
-        # Rows before a border belong to the last token of a sequence; an empty sequence repeats the border.
-        is_last = torch.zeros_like(shifted).index_fill_(0, (offsets[1:] - 1).clamp(min=0), True)
-        is_last[0] = is_last[0] & bool_any_ends_at_first_row(offsets)
+        check_offsets(offsets, input_ids.shape[0])
+        # The row before each border is the last of a sequence. Leading empty sequences have a border at 0: it is moved
+        # to the end, whose row before is a last one anyway.
+        ends = torch.where(offsets[1:] == 0, input_ids.shape[0], offsets[1:])
+        is_last = torch.zeros_like(shifted).index_fill_(0, ends - 1, True)
         target = target.masked_fill(is_last, 0)
         shifted = shifted & ~is_last
     return target, shifted
-
-
-def bool_any_ends_at_first_row(offsets: Tensor) -> Tensor:
-    """Whether a sequence ends after the flat row 0 (leading empty sequences clamp to that row as well)."""
-    return (offsets[1:] == 1).any()
 
 
 def merge_metrics(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -279,7 +313,7 @@ def merge_metrics(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
                 merged[name] = torch.maximum(merged[name], value)
             else:
                 merged[name] = merged[name] + value
-    if "ess" in merged:
+    if "ess" in merged and "weight_sum" in merged:
         merged["ess"] = effective_sample_size(merged)
     return merged
 
@@ -289,18 +323,19 @@ def effective_sample_size(metrics: Mapping[str, Tensor]) -> Tensor:
     return torch.where(squares > 0, metrics["weight_sum"] ** 2 / squares.clamp(min=1e-30), torch.ones_like(squares))
 
 
-def count_totals(batch: TokenBatch) -> Totals:
+def count_totals(batch: TokenBatch) -> OwnTotals:
     """The denominators of one batch by itself, without a host sync."""
-    device = batch.device
-    tokens = torch.tensor(float(batch.N), device=device) if batch.mask is None else batch.mask.sum().float()
-    sequences = torch.tensor(float(batch.S), device=device)
-    if not batch.count_empty:
-        sequences = (tokens_per_sequence(batch) > 0).sum().float()
+
+    def number(n: int) -> Tensor:
+        return torch.full((), n, dtype=torch.float32, device=batch.device)
+
+    tokens = number(batch.N) if batch.mask is None else batch.mask.sum().float()
+    sequences = number(batch.S) if batch.count_empty else (tokens_per_sequence(batch) > 0).sum().float()
     groups = sequences
     if batch.group is not None:
         ordered = batch.group.sort().values
         groups = (ordered.diff() != 0).sum().float() + (1 if batch.S else 0)
-    return Totals(tokens, sequences, groups)
+    return OwnTotals(tokens, sequences, groups)
 
 
 def tokens_per_sequence(batch: TokenBatch) -> Tensor:
@@ -322,73 +357,3 @@ def group_borders(batch: TokenBatch) -> list[int]:
     if len({ids[s] for s in begins}) != len(begins):
         raise ValueError("group: sequences of one group must be contiguous to cut at group borders; sort them by group")
     return [*begins, batch.S]
-
-
-def check_batch(batch: TokenBatch) -> None:
-    """Shapes and dtypes always; values only where reading them costs no device sync."""
-    target, offsets = batch.target, batch.offsets
-    for f in fields(batch):
-        x = getattr(batch, f.name)
-        if f.name in TENSORS and x is not None and not isinstance(x, Tensor):
-            raise TypeError(f"{f.name}: expected a torch.Tensor; got {type(x).__name__}")
-    if target.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"target: expected int64 token ids; got {target.dtype}")
-    if target.dim() not in (1, 2):
-        raise ValueError(f"target: expected shape [N] or [B, T]; got {tuple(target.shape)}")
-    if target.dim() == 2 and offsets is not None:
-        raise ValueError("offsets: a padded [B, T] batch has none; give offsets only with target of shape [N]")
-    if target.dim() == 1 and offsets is None:
-        raise ValueError("offsets: needed with target of shape [N] (S+1 row borders); for a padded batch pass [B, T]")
-    if target.numel() == 0:
-        raise ValueError(f"target: expected at least one token; got shape {tuple(target.shape)}")
-    if offsets is not None:
-        check_offsets(offsets, target.numel())
-    for name in TENSORS:
-        x = getattr(batch, name)
-        if x is not None and name not in ("target", "offsets"):
-            check_field(batch, name, x)
-
-
-def check_offsets(offsets: Tensor, N: int) -> None:
-    """Offsets are int64 [S+1], begin at 0, never decrease and end at N."""
-    if offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.shape[0] < 2:
-        got = f"{offsets.dtype} of shape {tuple(offsets.shape)}"
-        raise ValueError(f"offsets: expected int64 of shape [S+1] with S >= 1; got {got}")
-    if offsets.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if offsets[0] != 0 or offsets[-1] != N or bool((offsets.diff() < 0).any()):
-        raise ValueError(f"offsets: expected to rise from 0 to N={N}; got {offsets.tolist()[:8]} .. {int(offsets[-1])}")
-
-
-def check_field(batch: TokenBatch, name: str, x: Tensor) -> None:
-    token_shape, S = tuple(batch.shape), batch.S
-    if x.device != batch.device:
-        raise ValueError(f"{name}: expected on {batch.device} like target; got {x.device}")
-    if name in PER_SEQUENCE:
-        expected = f"({S},), one per sequence"
-        fits = tuple(x.shape) == (S,)
-    elif name in PER_TOKEN:
-        expected = f"{token_shape} like target"
-        fits = tuple(x.shape) == token_shape
-    else:
-        expected = f"{token_shape} (per token) or ({S},) (per sequence)"
-        fits = tuple(x.shape) in (token_shape, (S,))
-    if not fits:
-        raise ValueError(f"{name}: expected shape {expected}; got {tuple(x.shape)}")
-    if name in FLOATING and not x.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype; got {x.dtype}")
-    if name in ("group", "segment") and x.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name}: expected integer ids; got {x.dtype}")
-    if name in ("mask", "kl_mask") and x.dtype != torch.bool:
-        check_zero_one(name, x)
-    ambiguous = name in PER_TOKEN_OR_SEQUENCE and not batch.padded and S == batch.N
-    if ambiguous and not hasattr(x, "is_per_token") and bool((batch.lengths() != 1).any()):
-        raise ValueError(
-            f"{name}: shape ({S},) fits both tokens and sequences, and not every sequence has one token; "
-            "say which: rl.per_token(x, offsets) turns per-sequence values into per-token ones"
-        )
-
-
-def check_zero_one(name: str, x: Tensor) -> None:
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(((x == 0) | (x == 1)).all()):
-        raise ValueError(f"{name}: expected bool or 0/1; got other values in a {x.dtype} tensor")

@@ -17,7 +17,7 @@ FIELDS = ("logp", "old_logp", "ref_logp", "rollout_logp", "entropy", "advantage"
 LENGTHS = (4, 1, 0, 7, 3, 2)
 
 
-def make_case(lengths=LENGTHS, seed=0, **options) -> oracle.Case:
+def make_case(lengths=LENGTHS, seed=0, per_token_bounds=True, **options) -> oracle.Case:
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float) -> float:
@@ -25,23 +25,28 @@ def make_case(lengths=LENGTHS, seed=0, **options) -> oracle.Case:
 
     def token(position: int) -> dict[str, float]:
         logp = uniform(-4, -0.1)
+        far = uniform(3, 12) * (1 if uniform(0, 1) < 0.5 else -1) if uniform(0, 1) < 0.15 else 0.0
         return {
-            "logp": logp, "old_logp": logp + uniform(-0.6, 0.6), "ref_logp": logp + uniform(-1, 1),
-            "rollout_logp": logp + uniform(-0.9, 0.9), "entropy": uniform(0, 3), "advantage": uniform(-2, 2),
+            "logp": logp, "old_logp": logp + uniform(-0.6, 0.6) + far, "ref_logp": logp + uniform(-1, 1),
+            "rollout_logp": logp + uniform(-0.9, 0.9), "entropy": uniform(0, 3),
+            "advantage": uniform(-2, 2) if uniform(0, 1) < 0.9 else 0.0,
             "weight": uniform(0.2, 2), "clip_low": uniform(0.1, 0.3), "clip_high": uniform(0.1, 0.4),
             "mask": uniform(0, 1) > 0.25, "kl_mask": uniform(0, 1) > 0.3, "segment": position // 2,
         }  # fmt: skip
 
-    return oracle.Case([[token(i) for i in range(n)] for n in lengths], **options)
+    sequences = [[token(i) for i in range(n)] for n in lengths]
+    if not per_token_bounds:
+        for t in (t for s in sequences for t in s):
+            del t["clip_low"], t["clip_high"]
+    return oracle.Case(sequences, **options)
 
 
 def make_batch(case: oracle.Case, dtype=torch.float64, per_token_bounds=True, **options):
     tokens = [t for s in case.sequences for t in s]
-    columns = {name: torch.tensor([t[name] for t in tokens], dtype=dtype) for name in FIELDS}
+    per_token_bounds = per_token_bounds and "clip_low" in tokens[0]
+    names = FIELDS if per_token_bounds else FIELDS[:-2]
+    columns = {name: torch.tensor([t[name] for t in tokens], dtype=dtype) for name in names}
     logp, entropy = columns.pop("logp"), columns.pop("entropy")
-    if not per_token_bounds:
-        for name in ("clip_low", "clip_high"):
-            columns.pop(name)
     lengths = torch.tensor([0] + [len(s) for s in case.sequences])
     ids = {name: torch.tensor([t[name] for t in tokens]) for name in ("mask", "kl_mask", "segment")}
     batch = rl.TokenBatch(torch.zeros(len(tokens), dtype=torch.int64), lengths.cumsum(0), **columns, **ids, **options)

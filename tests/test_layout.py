@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -59,6 +61,21 @@ def test_ambiguous_shapes_are_refused():
     marked = rl.per_token(x, offsets([0, 2]))
     assert rl.TokenBatch(ids(2), offsets([0, 2]), advantage=marked).advantage.tolist() == [2, 2]
     assert rl.TokenBatch(ids(2), offsets([1, 1]), advantage=x).advantage.tolist() == [1, 2]
+    batch = rl.TokenBatch(ids(2), offsets([0, 2]))
+    assert replace(batch, advantage=rl.per_token(x, batch)).advantage.tolist() == [2, 2]
+
+
+def test_replace_checks_and_counts_again():
+    batch = rl.TokenBatch(ids(5), offsets([2, 3]), mask=torch.ones(5))
+    half = replace(batch, mask=torch.tensor([1, 0, 0, 0, 1]), advantage=torch.tensor([1.0, 2.0]))
+    assert half.mask.dtype == torch.bool and half.advantage.tolist() == [1, 1, 2, 2, 2]
+    assert float(half.totals.tokens) == 2
+    with pytest.raises(TypeError, match="advantage: expected a floating dtype"):
+        replace(batch, advantage=ids(5))
+    given = rl.Totals(*(torch.tensor(float(n)) for n in (50, 20, 10)))
+    assert replace(rl.TokenBatch(ids(5), offsets([2, 3]), totals=given), mask=torch.ones(5)).totals is given
+    part = batch.split(3)[0]
+    assert float(replace(part, advantage=torch.ones(part.N)).totals.tokens) == 5
 
 
 def test_totals():
@@ -82,7 +99,8 @@ def test_split_covers_everything_once(lengths, size, by_group):
     assert torch.cat([p.lengths() for p in parts]).equal(batch.lengths())
     assert torch.cat([p.group for p in parts]).equal(batch.group)
     for part in parts:
-        assert part.N > 0 and part.totals is batch.totals and part.is_micro
+        assert part.N > 0 and part.is_micro == (len(parts) > 1)
+        assert all(a is b for a, b in zip(part.totals, batch.totals, strict=True))
         assert batch.target[part.rows].equal(part.target)
         assert batch.lengths()[part.sequences].equal(part.lengths())
         units = part.group.unique().numel() if by_group else int((part.lengths() > 0).sum())
@@ -129,6 +147,10 @@ BAD = [
     ({"group": torch.tensor([0.0, 1.0])}, TypeError, "group: expected integer ids"),
     ({"group": ids(4)}, ValueError, r"group: expected shape \(2,\)"),
     ({"old_logp": torch.ones(2)}, ValueError, "old_logp: expected shape"),
+    ({"target": None}, TypeError, "target: expected a torch.Tensor; got NoneType"),
+    ({"offsets": torch.tensor([0, 1, 4], device="meta")}, ValueError, "offsets: expected on cpu like target; got meta"),
+    ({"totals": (1, 2, 3)}, TypeError, r"totals: expected rl.Totals\(tokens, sequences, groups\); got tuple"),
+    ({"totals": rl.Totals(1, 2, 3)}, TypeError, "totals.tokens: expected a 0-d tensor; got 1"),
 ]
 
 
@@ -156,3 +178,35 @@ def test_bad_calls_are_named():
         rl.shift(ids(4).reshape(2, 2), torch.ones(4))
     with pytest.raises(ValueError, match="offsets: needed"):
         rl.shift(ids(4))
+    with pytest.raises(ValueError, match="offsets: expected to rise from 0 to N=6"):
+        rl.shift(ids(6), None, torch.tensor([0, 2, 4]))
+    with pytest.raises(ValueError, match="offsets: needed for packed input_ids"):
+        rl.shift(ids(6).reshape(2, 3), None, torch.tensor([0, 2, 6]))
+    with pytest.raises(ValueError, match="mask: expected bool or 0/1"):
+        rl.shift(ids(3).reshape(1, 3), torch.tensor([[0.0, 2.0, 1.0]]))
+    with pytest.raises(ValueError, match="with a token in it"):
+        rl.shift(ids(0), None, offsets([0]))
+    with pytest.raises(TypeError, match=r"input_ids: expected a torch.Tensor"):
+        rl.shift([[1, 2]])
+    with pytest.raises(ValueError, match="offsets: expected to rise from 0"):
+        rl.per_token(torch.ones(2), torch.tensor([2, 3, 5]))
+    with pytest.raises(TypeError, match=r"x: expected a torch.Tensor"):
+        rl.per_token([1.0], offsets([1]))
+    with pytest.raises(ValueError, match="max_tokens"):
+        batch.split(True)
+
+
+def test_no_value_is_read_from_the_device():
+    """On meta tensors reading a value raises: building a batch and taking a loss of it reads none."""
+    with torch.device("meta"):
+        batch = rl.TokenBatch(
+            torch.zeros(8, dtype=torch.int64), torch.zeros(4, dtype=torch.int64), mask=torch.ones(8),
+            advantage=torch.ones(3), old_logp=torch.ones(8), ref_logp=torch.ones(8), rollout_logp=torch.ones(8),
+            group=torch.zeros(3, dtype=torch.int64), segment=torch.zeros(8, dtype=torch.int64),
+        )  # fmt: skip
+        logp = torch.ones(8, requires_grad=True)
+    for ratio in ("none", "token", "segment", "sequence"):
+        objective = rl.Objective(ratio=ratio, kl=rl.KL(), correction=rl.TIS(), dual_clip=3.0, entropy=0.1)
+        loss, metrics = rl.policy_loss(logp, batch, objective, entropy=logp)
+        loss.backward()
+        assert all(x.device.type == "meta" and x.dim() == 0 for x in metrics.values())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,12 +17,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = all(importlib.util.find_spec(name) for name in ("scikit_build_core", "pybind11", "pip"))
+# By metadata: merely looking for the module `pip` makes setuptools hand out the standard library's distutils.
+TOOLS = {"scikit-build-core", "pybind11", "pip"} <= {
+    re.sub(r"[-_.]+", "-", found.name).lower() for found in importlib.metadata.distributions()
+}
 COMPILER = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
 NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
 
 pytestmark = [
-    pytest.mark.xdist_group("build"),
     pytest.mark.skipif(not TOOLS, reason="needs pip, scikit-build-core and pybind11"),
     pytest.mark.timeout(900),
 ]

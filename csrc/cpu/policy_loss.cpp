@@ -207,17 +207,17 @@ RLCORE_INLINE void add_rows(const PolicyRows& rows, const PolicyRule& rule, std:
     }
 
     if (rows.ref_logp != nullptr) {
-        const Floats x = logp - read<kWhole>(rows.ref_logp + i, left, keep);
+        // Rows outside the KL mask have a difference of 0, whatever the reference holds there.
+        Ints chosen = keep;
+        if (rows.kl_mask != nullptr) chosen &= bytes_at(rows.kl_mask + i, left);
+        const Floats x = masked(logp - read<kWhole>(rows.ref_logp + i, left, chosen), chosen);
         const Ints near = magnitude(x) <= bound;
         const Floats y = clamped(x, -bound, bound);
         const Exponentials back = exponentials(-y);
         run.sums[kRefK1] += y;
         run.sums[kRefK3] += back.rest;
         if (rule.kl != Estimator::none) {
-            Floats selected = coefficient;
-            if (rows.kl_mask != nullptr) {
-                selected *= masked(broadcast(1.0f), bytes_at(rows.kl_mask + i, left));
-            }
+            const Floats selected = masked(coefficient, chosen);
             const Floats value = rule.kl == Estimator::k1 ? y : rule.kl == Estimator::k2 ? y * y * 0.5f : back.rest;
             const Floats slope = rule.kl == Estimator::k1   ? broadcast(1.0f)
                                  : rule.kl == Estimator::k2 ? y

@@ -151,7 +151,8 @@ def _attachment(inner: Any) -> Attachment:
 
 
 def _is_attached(module: nn.Module) -> bool:
-    return all((config._attn_implementation or "").startswith(PREFIX) for config in configs(module))
+    names = [config._attn_implementation for config in configs(module)]
+    return all(name is None or name.startswith(PREFIX) for name in names)
 
 
 def configs(module: nn.Module) -> list[Any]:
@@ -246,6 +247,8 @@ def _tree_attention(
     foreign = [name for name in FOREIGN if kwargs.get(name) is not None]
     if foreign:
         raise AttachError(f"{type(module).__name__} uses {', '.join(foreign)}, which a prefix tree does not carry")
+    if query.shape[0] != 1:
+        raise ValueError(f"prefix_tree: expected one packed tree, input_ids [1, {tree.M}]; got {query.shape[0]} rows")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return prefix_attention(q, k, v, tree, scaling, sliding_window, softcap, s_aux)[None]
 

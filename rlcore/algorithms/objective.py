@@ -6,12 +6,9 @@ that changes them every step recompiles nothing.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from types import FunctionType
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +20,7 @@ RATIOS = ("none", "token", "segment", "sequence")
 SURROGATES = ("ppo", "cispo", "reinforce")
 AGGREGATES = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm")
 ESTIMATORS = ("k1", "k2", "k3")
+RESERVED = ("loss", "tokens", "ess", "weight_sum", "weight_sq_sum")
 SCOPES = ("token", "sequence", "group", "batch")
 
 CustomLoss = Callable[[Tensor, Tensor | None, TokenBatch], tuple[Tensor, dict[str, Tensor]]]
@@ -85,6 +83,21 @@ class Objective:
         aggregate: str = "token_mean",
         length: float | None = None,
     ) -> None:
+        self._build(ratio, surrogate, clip, dual_clip, correction, kl, entropy, aggregate, length)
+        register(self)
+
+    def _build(
+        self,
+        ratio: str = "token",
+        surrogate: str = "ppo",
+        clip: tuple[float, float] = (0.2, 0.2),
+        dual_clip: float | None = None,
+        correction: TIS | None = None,
+        kl: KL | None = None,
+        entropy: float = 0.0,
+        aggregate: str = "token_mean",
+        length: float | None = None,
+    ) -> None:
         self.ratio = one_of("ratio", ratio, RATIOS)
         self.surrogate = one_of("surrogate", surrogate, SURROGATES)
         self.aggregate = one_of("aggregate", aggregate, AGGREGATES)
@@ -119,7 +132,6 @@ class Objective:
         flags = (self.has_dual_clip, self.has_correction, self.needs_entropy)
         structure = (ratio, surrogate, aggregate, estimator, *flags)
         self.key = "|".join(map(str, structure))
-        register(self)
 
     @classmethod
     def custom(
@@ -131,30 +143,49 @@ class Objective:
         prepare: Prepare | None = None,
         needs_entropy: bool = False,
         debug: bool = False,
+        device: torch.device | str = "cpu",
     ) -> Objective:
         """An objective of your own: `fn(logp, entropy, batch) -> (loss per token [n], {name: metric per token [n]})`.
 
         It sees one chunk of rows (`batch` is the chunk's), cut anywhere for scope "token" and at sequence or group
         borders for "sequence" and "group". Scope "batch" takes `prepare(logp, entropy, batch) -> batch`, run once over
         the whole minibatch without gradient, which freezes its statistics into weights, masks and bounds; `fn` is then
-        of token scope. `needs_entropy=True` where the loss reads entropy. `debug=True` compares one chunk with two.
-        Raises ValueError for a captured tensor that requires grad: its gradient would be lost.
+        of token scope. `needs_entropy=True` where the loss reads entropy. Metrics are means over the minibatch's
+        tokens, those named `*_min` and `*_max` extremes. `debug=True` compares one chunk with two.
+
+        `fn` is run once on four tokens on `device`. Raises ValueError where that fails, and for a tensor outside it
+        that would get a gradient (captured, global, or in a module): the folded head would lose that gradient.
         """
-        objective = cls(aggregate=aggregate, length=length)
+        objective = cls.__new__(cls)
+        objective._build(aggregate=aggregate, length=length)
         objective.scope = one_of("scope", scope, SCOPES)
         if (prepare is not None) != (scope == "batch"):
             raise ValueError('prepare: needed for scope="batch" and only there')
         objective.custom_loss, objective.custom_prepare = fn, prepare
         objective.needs_entropy, objective.debug = needs_entropy, debug
-        check_captures(fn)
-        objective.custom_metrics = probe_metrics(fn)
+        objective.custom_metrics = probe(fn, torch.device(device))
         objective.key = f"custom-{next(_serial)}"
         register(objective)
         return objective
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.custom_loss is not None:  # another process has other custom objectives under this key
+            self.key = f"custom-{next(_serial)}"
+        register(self)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Objective) and self._value() == other._value()
+
+    def __hash__(self) -> int:
+        return hash(self._value())
+
+    def _value(self) -> tuple[Any, ...]:
+        return (self.key, *(x.item() for x in self.numbers))
+
     def values(self, like: Tensor) -> Numbers:
-        """The numbers as 0-d tensors of a tensor's dtype and device."""
-        return Numbers(*(x.to(device=like.device, dtype=like.dtype) for x in self.numbers))
+        """The numbers as 0-d tensors of a tensor's dtype and device, in one copy."""
+        return Numbers(*torch.stack(self.numbers).to(device=like.device, dtype=like.dtype, non_blocking=True).unbind())
 
     def prepare(self, logp: Tensor, entropy: Tensor | None, batch: TokenBatch) -> TokenBatch:
         """Freeze the statistics of a whole minibatch into its fields (batch scope); else return it."""
@@ -165,38 +196,49 @@ class Objective:
         with torch.no_grad():
             flat_entropy = None if entropy is None else entropy.detach().reshape(batch.shape)
             ready = self.custom_prepare(logp.detach().reshape(batch.shape), flat_entropy, batch)
-        return replace(ready, prepared=True)
+        if not isinstance(ready, TokenBatch):
+            raise TypeError(f"prepare: expected it to return a TokenBatch; got {type(ready).__name__}")
+        return ready.derived(prepared=True)
 
     def __repr__(self) -> str:
         if self.custom_loss is not None:
             name = getattr(self.custom_loss, "__name__", self.custom_loss)
             return f"Objective.custom({name!r}, scope={self.scope!r})"
         low, high, bonus = (float(x) for x in (self.numbers.clip_low, self.numbers.clip_high, self.numbers.entropy))
-        return (
-            f"Objective(ratio={self.ratio!r}, surrogate={self.surrogate!r}, clip=({low:g}, {high:g}), kl={self.kl!r}, "
-            f"correction={self.correction!r}, entropy={bonus:g}, aggregate={self.aggregate!r})"
-        )
+        named = {"ratio": self.ratio, "surrogate": self.surrogate, "clip": (round(low, 12), round(high, 12)),
+                 "dual_clip": self.numbers.dual_clip.item() if self.has_dual_clip else None,
+                 "correction": self.correction, "kl": self.kl, "entropy": bonus, "aggregate": self.aggregate,
+                 "length": self.numbers.length.item() if self.aggregate == AGGREGATES[3] else None}  # fmt: skip
+        return f"Objective({', '.join(f'{name}={value!r}' for name, value in named.items() if value is not None)})"
 
 
-# Custom ops take an objective as a string. Bounded, so that a fresh custom objective per step can not leak.
-REGISTRY_SIZE = 1024
-_registry: OrderedDict[str, Objective] = OrderedDict()
+# Custom ops take an objective as a string. There are finitely many structures of built-in objectives; custom ones are
+# bounded, so that a fresh one per step can not leak.
+CUSTOM_OBJECTIVES = 1024
+_built_in: dict[str, Objective] = {}
+_custom: OrderedDict[str, Objective] = OrderedDict()
 _serial = itertools.count()
 
 
 def register(objective: Objective) -> None:
-    _registry[objective.key] = objective
-    _registry.move_to_end(objective.key)
-    while len(_registry) > REGISTRY_SIZE:
-        _registry.popitem(last=False)
+    if objective.custom_loss is None:
+        _built_in.setdefault(objective.key, objective)
+        return
+    _custom[objective.key] = objective
+    while len(_custom) > CUSTOM_OBJECTIVES:
+        _custom.popitem(last=False)
 
 
 def lookup(key: str, numbers: Sequence[Tensor]) -> Objective:
     """The objective registered under a key, with the given numbers."""
-    if key not in _registry:
-        raise RuntimeError(f"objective {key!r} left the registry; create a custom objective once, not once per step")
+    known = _built_in.get(key) or _custom.get(key)
+    if known is None:
+        raise RuntimeError(
+            f"objective {key!r} left the registry, which holds the last {CUSTOM_OBJECTIVES} custom ones; create a "
+            "custom objective once, not once per step"
+        )
     found = object.__new__(Objective)
-    found.__dict__.update(_registry[key].__dict__)
+    found.__dict__.update(known.__dict__)
     found.numbers = Numbers(*numbers)
     return found
 
@@ -215,53 +257,57 @@ def number(name: str, given: float, lowest: float | None, exclusive: bool = Fals
     if isinstance(given, bool) or not isinstance(given, (int, float)):
         raise TypeError(f"{name}: expected a number; got {given!r}")
     too_low = lowest is not None and (given <= lowest if exclusive else given < lowest)
-    if given != given or too_low:
-        bound = "not NaN" if lowest is None else f"{'above' if exclusive else 'at least'} {lowest:g}"
+    infinite = given in (float("inf"), float("-inf")) and name not in ("dual_clip", "cap", "clip[1]")
+    if given != given or too_low or infinite:
+        bound = "that is finite" if lowest is None else f"{'above' if exclusive else 'at least'} {lowest:g}"
         raise ValueError(f"{name}: expected a number {bound}; got {given!r}")
     return float(given)
 
 
-def check_captures(fn: Any) -> None:
-    """A tensor that a custom objective captured gets no gradient from the folded head; refuse it where it wants one."""
-    for value in captured(fn):
-        if isinstance(value, Tensor) and value.requires_grad:
-            raise ValueError(
-                f"custom objective: it captures a tensor of shape {tuple(value.shape)} that requires grad, whose "
-                "gradient would be lost; detach it, or compute that term outside the objective"
-            )
-
-
-def captured(fn: Any) -> Iterator[Any]:
-    """Everything a function closes over: cells, defaults, bound arguments of a partial or a callable object."""
-    inner = getattr(fn, "func", None)
-    if inner is not None:
-        yield from captured(inner)
-        yield from (*fn.args, *fn.keywords.values())
-    function = getattr(fn, "__func__", fn)
-    if isinstance(function, FunctionType):
-        closed = inspect.getclosurevars(function).nonlocals
-        yield from closed.values()
-        yield from (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-    owner = getattr(fn, "__self__", fn if not isinstance(fn, FunctionType) else None)
-    yield from getattr(owner, "__dict__", {}).values()
-
-
-def probe_metrics(fn: CustomLoss) -> tuple[str, ...]:
-    """Run a custom objective once on two sequences of two tokens: the names of its metrics, and an early error."""
-    ones = torch.ones(4)
+def probe(fn: CustomLoss, device: torch.device) -> tuple[str, ...]:
+    """Run a custom objective once on two sequences of two tokens: the names of its metrics, and early errors."""
+    ones = torch.ones(4, device=device)
+    zeros = torch.zeros(4, dtype=torch.int64, device=device)
     batch = TokenBatch(
-        torch.zeros(4, dtype=torch.int64), torch.tensor([0, 2, 4]), advantage=ones, old_logp=-ones, ref_logp=-ones,
-        rollout_logp=-ones, group=torch.zeros(2, dtype=torch.int64), segment=torch.zeros(4, dtype=torch.int64),
-        weight=ones, clip_low=ones / 5, clip_high=ones / 5, kl_mask=torch.ones(4, dtype=torch.bool), value=ones,
-        old_value=ones, returns=ones,
+        zeros, torch.tensor([0, 2, 4], device=device), advantage=ones, old_logp=-ones, ref_logp=-ones,
+        rollout_logp=-ones, group=zeros[:2], segment=zeros, weight=ones, clip_low=ones / 5, clip_high=ones / 5,
+        kl_mask=ones > 0, value=ones, old_value=ones, returns=ones,
     )  # fmt: skip
-    result = fn(-ones, ones, batch)
+    logp, entropy = (-ones).requires_grad_(), ones.clone().requires_grad_()
+    try:
+        with torch.enable_grad():
+            result = fn(logp, entropy, batch)
+    except Exception as error:
+        raise ValueError(
+            f"custom objective: it fails on a probe of four tokens on {device} ({type(error).__name__}: {error}); "
+            "where it reads constants on another device, give Objective.custom(..., device=...)"
+        ) from error
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
         raise TypeError(f"custom objective: expected (loss per token, dict of metrics); got {type(result).__name__}")
     loss, metrics = result
     if not isinstance(loss, Tensor) or loss.shape != (4,):
         raise ValueError(f"custom objective: expected a loss of shape (4,) on a probe of 4 tokens; got {loss!r}")
+    check_leaves(loss, (logp, entropy))
     for name, value in metrics.items():
+        if name in RESERVED:
+            raise ValueError(f"custom objective: a metric may not be called {name!r}; the library has one of that name")
         if not isinstance(value, Tensor) or value.shape != (4,):
             raise ValueError(f"custom objective: metric {name!r} needs a value per token; got {value!r} on 4 tokens")
     return tuple(metrics)
+
+
+def check_leaves(loss: Tensor, allowed: tuple[Tensor, ...]) -> None:
+    """The gradient may reach logp and entropy alone: the folded head gives no other tensor its gradient."""
+    seen, open_nodes = set(), [loss.grad_fn]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and all(leaf is not x for x in allowed):
+            raise ValueError(
+                f"custom objective: a tensor of shape {tuple(leaf.shape)} outside it requires grad, and its gradient "
+                "would be lost; detach it, or compute that term outside the objective"
+            )
+        open_nodes.extend(before for before, _ in node.next_functions)

@@ -10,13 +10,12 @@ Every term is a sum over rows with the minibatch's denominators in c_i, so the l
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlcore.algorithms.objective import Objective
+from rlcore.algorithms.objective import Numbers, Objective
 from rlcore.layout import TokenBatch, effective_sample_size, group_borders, tokens_per_sequence
 
 # exp(20) = 4.9e8: far outside every clip range, and far from the overflow that would turn 0 * inf into NaN gradients.
@@ -54,6 +53,7 @@ class PreparedBatch(NamedTuple):
     coefficient: Tensor  # [N] weight of each row's loss in the minibatch loss, 0 where masked
     per_token: Tensor  # [N] 1 / tokens of the minibatch, 0 where masked: the weight of a row in a metric
     level: Tensor | None  # [N] dense id of the sequence or segment whose ratio the row shares, or None
+    numbers: Numbers  # the objective's, on the batch's device
 
     def borders(self, scope: str) -> list[int] | None:
         """Rows at which chunks may be cut: None for anywhere, else a host list from 0 to N."""
@@ -71,10 +71,12 @@ def prepare_chunks(batch: TokenBatch, objective: Objective, dtype: torch.dtype =
     mask = torch.ones(batch.N, dtype=dtype, device=batch.device) if batch.mask is None else batch.mask.to(dtype)
     assert batch.totals is not None
     per_token = mask / batch.totals.tokens.to(dtype).clamp(min=1)
-    return PreparedBatch(batch, aggregation(batch, objective, mask), per_token, ratio_level(batch, objective))
+    numbers = objective.values(mask)
+    coefficient = aggregation(batch, objective, mask, numbers)
+    return PreparedBatch(batch, coefficient, per_token, ratio_level(batch, objective), numbers)
 
 
-def aggregation(batch: TokenBatch, objective: Objective, mask: Tensor) -> Tensor:
+def aggregation(batch: TokenBatch, objective: Objective, mask: Tensor, numbers: Numbers) -> Tensor:
     """The coefficient of every row in the minibatch loss, [N].
 
     token_mean 1/tokens; seq_mean_token_mean 1/(tokens of the sequence * sequences); seq_mean_token_sum 1/sequences;
@@ -90,7 +92,7 @@ def aggregation(batch: TokenBatch, objective: Objective, mask: Tensor) -> Tensor
         return mask / (length[batch.sequence_id()] * sequences)
     if objective.aggregate == "seq_mean_token_sum":
         return mask / sequences
-    return mask / (sequences * objective.values(mask).length)
+    return mask / (sequences * numbers.length)
 
 
 def ratio_level(batch: TokenBatch, objective: Objective) -> Tensor | None:
@@ -127,24 +129,23 @@ def chunk_loss(
     if objective.custom_loss is not None:
         return custom_chunk(logp, entropy, rows, coefficient, per_token, keep, objective)
 
-    numbers = objective.values(logp)
+    numbers = prepared.numbers
     log_ratio, ratio = importance_ratio(logp, rows, prepared.level, start, stop, objective)
     low = numbers.clip_low if rows.clip_low is None else rows.clip_low
     high = numbers.clip_high if rows.clip_high is None else rows.clip_high
     assert rows.advantage is not None
-    loss = surrogate(logp, ratio, rows.advantage, low, high, objective)
+    loss = surrogate(logp, ratio, rows.advantage, low, high, numbers, objective)
     if objective.has_correction:
-        loss = loss * truncated_weight(logp, rows, objective)
+        loss = loss * truncated_weight(logp, rows, numbers)
     if rows.weight is not None:
         loss = loss * rows.weight
     total = (coefficient * loss).sum()
 
-    metrics = ratio_metrics(log_ratio, ratio, rows.advantage, low, high, per_token, keep, objective)
+    metrics = ratio_metrics(log_ratio, ratio, rows.advantage, low, high, per_token, keep, numbers, objective)
     metrics["policy_loss"] = total.detach()
     if objective.kl is not None:
-        assert rows.ref_logp is not None
+        kl = kl_divergence(logp, anchor(logp, rows), objective.kl.estimator)
         selected = coefficient if rows.kl_mask is None else coefficient * rows.kl_mask
-        kl = kl_divergence(logp, rows.ref_logp, objective.kl.estimator)
         kl_loss = numbers.kl * (selected * kl).sum()
         total = total + kl_loss
         metrics["kl_loss"] = kl_loss.detach()
@@ -153,7 +154,7 @@ def chunk_loss(
         entropy_loss = -numbers.entropy * (coefficient * entropy).sum()
         total = total + entropy_loss
         metrics["entropy_loss"] = entropy_loss.detach()
-    metrics |= anchor_metrics(logp, entropy, rows, per_token, keep, objective)
+    metrics |= anchor_metrics(logp, entropy, rows, per_token, keep, numbers, objective)
     metrics["loss"] = total.detach()
     return total, metrics
 
@@ -184,7 +185,7 @@ def unit_mean(x: Tensor, unit: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def surrogate(
-    logp: Tensor, ratio: Tensor, advantage: Tensor, low: Tensor, high: Tensor, objective: Objective
+    logp: Tensor, ratio: Tensor, advantage: Tensor, low: Tensor, high: Tensor, numbers: Numbers, objective: Objective
 ) -> Tensor:
     """The policy term per row, [n], to be minimised.
 
@@ -198,14 +199,14 @@ def surrogate(
         return -clipped.detach() * advantage * logp
     loss = torch.maximum(-ratio * advantage, -clipped * advantage)
     if objective.has_dual_clip:
-        bound = -objective.values(logp).dual_clip * advantage
+        bound = -numbers.dual_clip * advantage
         loss = torch.where(advantage < 0, torch.minimum(loss, bound), loss)
     return loss
 
 
-def truncated_weight(logp: Tensor, rows: TokenBatch, objective: Objective) -> Tensor:
+def truncated_weight(logp: Tensor, rows: TokenBatch, numbers: Numbers) -> Tensor:
     """Truncated importance sampling: min(pi_old / pi_rollout, cap) per row, a constant (verl#2953)."""
-    return behaviour_ratio(logp, rows).minimum(objective.values(logp).cap)
+    return behaviour_ratio(logp, rows).minimum(numbers.cap)
 
 
 def behaviour_ratio(logp: Tensor, rows: TokenBatch) -> Tensor:
@@ -213,6 +214,12 @@ def behaviour_ratio(logp: Tensor, rows: TokenBatch) -> Tensor:
     old_logp = logp.detach() if rows.old_logp is None else rows.old_logp
     assert rows.rollout_logp is not None
     return (old_logp - rows.rollout_logp).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+
+
+def anchor(logp: Tensor, rows: TokenBatch) -> Tensor:
+    """The reference's log-probs; rows that `kl_mask` leaves out get the policy's own: what they hold is not read."""
+    assert rows.ref_logp is not None
+    return rows.ref_logp if rows.kl_mask is None else torch.where(rows.kl_mask, rows.ref_logp, logp.detach())
 
 
 def kl_divergence(logp: Tensor, ref_logp: Tensor, estimator: str) -> Tensor:
@@ -232,7 +239,7 @@ def kl_divergence(logp: Tensor, ref_logp: Tensor, estimator: str) -> Tensor:
 @torch.no_grad()
 def ratio_metrics(
     log_ratio: Tensor, ratio: Tensor, advantage: Tensor, low: Tensor, high: Tensor, per_token: Tensor, keep: Tensor,
-    objective: Objective,
+    numbers: Numbers, objective: Objective,
 ) -> Metrics:  # fmt: skip
     """What the ratio did: its moments and extremes, and the fraction of tokens that lost their gradient to a clip."""
     below, above = ratio < 1 - low, ratio > 1 + high
@@ -254,27 +261,28 @@ def ratio_metrics(
         "advantage_mean": (per_token * advantage).sum(),
     }
     if objective.has_dual_clip:
-        hit = (advantage < 0) & (ratio > objective.values(ratio).dual_clip)
+        hit = (advantage < 0) & (ratio > numbers.dual_clip)
         metrics["dual_clip_fraction"] = (per_token * hit).sum()
     return metrics
 
 
 @torch.no_grad()
 def anchor_metrics(
-    logp: Tensor, entropy: Tensor | None, rows: TokenBatch, per_token: Tensor, keep: Tensor, objective: Objective
-) -> Metrics:
+    logp: Tensor, entropy: Tensor | None, rows: TokenBatch, per_token: Tensor, keep: Tensor, numbers: Numbers,
+    objective: Objective,
+) -> Metrics:  # fmt: skip
     """Where the policy stands: its log-prob and entropy, its distance to the reference and to the sampler."""
     metrics = {"logp_mean": (per_token * logp).sum()}
     if entropy is not None:
         metrics["entropy"] = (per_token * entropy).sum()
     if rows.ref_logp is not None:
-        metrics["ref_kl_k1"] = (per_token * kl_divergence(logp, rows.ref_logp, "k1")).sum()
-        metrics["ref_kl_k3"] = (per_token * kl_divergence(logp, rows.ref_logp, "k3")).sum()
+        metrics["ref_kl_k1"] = (per_token * kl_divergence(logp, anchor(logp, rows), "k1")).sum()
+        metrics["ref_kl_k3"] = (per_token * kl_divergence(logp, anchor(logp, rows), "k3")).sum()
     if rows.rollout_logp is not None:
         ratio = behaviour_ratio(logp, rows)
         old_logp = logp if rows.old_logp is None else rows.old_logp
         difference = (old_logp - rows.rollout_logp) * keep
-        weight = keep * (ratio.minimum(objective.values(logp).cap) if objective.has_correction else ratio)
+        weight = keep * (ratio.minimum(numbers.cap) if objective.has_correction else ratio)
         metrics |= {
             "rollout_kl_k1": -(per_token * difference).sum(),
             "rollout_kl_k3": (per_token * kl_divergence(rows.rollout_logp, old_logp, "k3")).sum(),
@@ -284,7 +292,7 @@ def anchor_metrics(
         }
         metrics["ess"] = effective_sample_size({"tokens": keep.sum().to(logp.dtype), **metrics})
         if objective.has_correction:
-            hit = ratio > objective.values(logp).cap
+            hit = ratio > numbers.cap
             metrics["correction_clip_fraction"] = (per_token * hit).sum()
     return metrics
 
@@ -301,8 +309,17 @@ def custom_chunk(
     total = (coefficient * torch.where(keep, loss, 0)).sum()
     metrics = {"tokens": keep.sum().to(logp.dtype), "loss": total.detach()}
     for name, value in named.items():
-        metrics[name] = (per_token * torch.where(keep, value.detach(), 0)).sum()
+        metrics[name] = custom_metric(name, value.detach(), per_token, keep)
     return total, metrics
+
+
+def custom_metric(name: str, value: Tensor, per_token: Tensor, keep: Tensor) -> Tensor:
+    """A user's metric by its name: `*_min` and `*_max` over the unmasked tokens, else the mean over the minibatch's."""
+    if name.endswith(("_min", "_max")):
+        sign = 1.0 if name.endswith("_max") else -1.0
+        masked = torch.where(keep, sign * value, -torch.inf)
+        return sign * (masked.amax() if value.numel() else masked.new_tensor(-torch.inf))
+    return (per_token * torch.where(keep, value, 0)).sum()
 
 
 def metric_names(batch: TokenBatch, objective: Objective, entropy: bool) -> tuple[str, ...]:
@@ -331,7 +348,7 @@ def without_masked_values(batch: TokenBatch, dtype: torch.dtype) -> TokenBatch:
         if x is not None:
             x = x.detach().to(dtype)
             clean[name] = x if batch.mask is None else torch.where(batch.mask, x, 0)
-    return replace(batch, **clean)
+    return batch.derived(**clean)
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -360,9 +377,15 @@ def check_two_chunks(
 
 
 def check_scores(logp: Tensor, batch: TokenBatch, objective: Objective, entropy: Tensor | None) -> None:
+    if not isinstance(batch, TokenBatch):
+        raise TypeError(f"batch: expected an rl.TokenBatch; got {type(batch).__name__}")
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective: expected an rl.Objective; got {type(objective).__name__}")
     for name, x in (("logp", logp), ("entropy", entropy)):
-        if x is None:
+        if x is None and name == "entropy":
             continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor; got {type(x).__name__}")
         if not x.is_floating_point():
             raise TypeError(f"{name}: expected a floating dtype; got {x.dtype}")
         if x.shape != batch.shape:

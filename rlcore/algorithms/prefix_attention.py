@@ -26,6 +26,8 @@ from rlcore.algorithms.prefix_attention_plan import Part, plan
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
+# Older CPU flash attention takes fewer key heads than query heads without complaint and reads past their end.
+_SHARES_KEY_HEADS = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 11)
 _BLOCK_ELEMENTS = 1 << 24
 
 
@@ -85,8 +87,15 @@ def _rows(x: Tensor, part: Part) -> Tensor:
     return flat if part.kept is None else flat.index_select(0, part.kept)
 
 
-def _unit(x: Tensor) -> Tensor:
+def _flash_ready(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """torch's CPU flash attention reads the last dimension as contiguous, whatever its stride is."""
+    q, k, v = _unit(q), _unit(k), _unit(v)
+    if not _SHARES_KEY_HEADS and q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return q, k, v
+
+
+def _unit(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -98,7 +107,7 @@ def composed_forward(
     Shapes as in `reference`, Dv = D. lse and the merge are float32 (float64 for float64); the sink enters once, after
     the merge.
     """
-    q, k, v = _unit(q), _unit(k), _unit(v)
+    q, k, v = _flash_ready(q, k, v)
     M, Hq, D = q.shape
     work = torch.promote_types(q.dtype, torch.float32)
     o = torch.empty(M, Hq, D, dtype=work)
@@ -145,7 +154,8 @@ def composed_backward(
     sink: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, dsink) of the composition; parts accumulate in float32 (float64 for float64)."""
-    do, q, k, v = _unit(do), _unit(q), _unit(k), _unit(v)
+    heads = k.shape[1]
+    do, (q, k, v) = _unit(do), _flash_ready(q, k, v)
     work = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.zeros(x.shape, dtype=work) for x in (q, k, v))
     for part in plan(node_table):
@@ -168,6 +178,8 @@ def composed_backward(
         kept_keys = part.kept if part.own else None
         _accumulate(dk, part.keys, part.key_slice, grads[1], kept_keys)
         _accumulate(dv, part.keys, part.key_slice, grads[2], kept_keys)
+    if heads != k.shape[1]:
+        dk, dv = (x.unflatten(1, (heads, -1)).sum(2) for x in (dk, dv))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), _sink_gradient(do, o, lse, sink)
 
 

@@ -34,8 +34,9 @@ def linear_scan(delta: Tensor, decay: Tensor, last: Tensor) -> Tensor:
 
     Two neighbouring rows are one row of a scan half as long:
         y[2j] = (delta[2j] + decay[2j] delta[2j+1]) + (decay[2j] decay[2j+1]) y[2j+2]
-    which gives the even rows, and these give the odd ones: O(N) work in 2 log2 N steps, without divisions or powers, so
-    nothing overflows that a loop would not. A NaN stays in its sequence. Differentiable in delta and decay.
+    which gives the even rows, and these give the odd ones: O(N) work in 2 log2 N steps, without divisions. Decays far
+    above 1 can overflow in products that a loop would not form. A NaN stays in its sequence. Differentiable in delta
+    and decay.
     """
     n = delta.shape[0]
     if n <= 1:

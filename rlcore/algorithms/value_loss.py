@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlcore.algorithms.objective import number
+from rlcore.algorithms.policy_loss import full_precision
 from rlcore.layout import TokenBatch
 
 
@@ -16,16 +18,20 @@ def value_loss(value: Tensor, batch: TokenBatch, clip: float | None = None) -> t
     `old_value`. Micro-batches sum to the minibatch. Raises ValueError that names what is missing.
     Source: PPO as implemented in OpenAI baselines; the factor 1/2 as in verl, TRL and OpenRLHF.
     """
+    if not isinstance(batch, TokenBatch):
+        raise TypeError(f"batch: expected an rl.TokenBatch; got {type(batch).__name__}")
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"value: expected a floating tensor; got {getattr(value, 'dtype', type(value))}")
     if value.shape != batch.shape:
         raise ValueError(f"value: expected shape {tuple(batch.shape)} like batch.target; got {tuple(value.shape)}")
     if batch.returns is None:
         raise ValueError("batch.returns: the value loss reads it, but the batch has none")
     if clip is not None and batch.old_value is None:
         raise ValueError("batch.old_value: needed with clip; the batch has none")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip: expected None or a number above 0; got {clip!r}")
+    if clip is not None:
+        number("clip", clip, 0.0, exclusive=True)
     assert batch.totals is not None
-    value = value if value.dtype == torch.float64 else value.float()
+    value = full_precision(value)
     keep = torch.ones_like(value, dtype=torch.bool) if batch.mask is None else batch.mask
     value = torch.where(keep, value, 0)
     returns = torch.where(keep, batch.returns.detach().to(value.dtype), 0)

@@ -282,6 +282,11 @@ def differentiate(
 ) -> tuple[Tensor, dict[str, Tensor], Coefficients]:
     """The objective on rows [start, stop): its loss and metrics, d loss / d logp and d loss / d entropy."""
     args = (walk.prepared, piece.start, piece.stop, walk.objective)
+    if walk.passes.objective is not None:
+        found = walk.passes.objective(logp, entropy, *args, any(walk.gradients.needs))
+        if found is not None:
+            loss, metrics, d_logp, d_entropy = found
+            return loss, metrics, Coefficients(torch.zeros_like(logp) if d_logp is None else d_logp, d_entropy)
     if not any(walk.gradients.needs):
         loss, metrics = chunk_loss(logp, entropy, *args)
         return loss.detach(), metrics, Coefficients(torch.zeros_like(logp), None)

@@ -304,10 +304,11 @@ def gradient_(
 
 
 class RowPasses(NamedTuple):
-    """The two row passes of one implementation."""
+    """The row passes of one implementation, and its way to differentiate an objective (None: autograd)."""
 
     statistics: Callable[[Tensor, Tensor, Scale, bool], RowStatistics]
     gradient: Callable[..., tuple[Tensor, Rows]]
+    objective: Callable[..., tuple[Tensor, dict[str, Tensor], Tensor | None, Tensor | None] | None] | None = None
 
 
 TORCH = RowPasses(statistics_, gradient_)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms.vocab_head_chunks import Scale
+from rlcore.layout_checks import check_zero_one
 
 Number = float | Tensor
 
@@ -139,6 +140,8 @@ def check_mask(mask: Tensor | None, target: Tensor) -> None:
         raise ValueError(f"mask: expected shape {tuple(target.shape)} like target; got {tuple(mask.shape)}")
     if mask.device != target.device:
         raise ValueError(f"mask: expected on {target.device} like target; got {mask.device}")
+    if mask.dtype != torch.bool:
+        check_zero_one("mask", mask)
 
 
 def check_temperature(temperature: Number, target: Tensor, mask: Tensor | None) -> None:

@@ -116,6 +116,10 @@ def write_directory(final: Path, write: Callable[[Path], None]) -> None:
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
+        if why_unusable(final) is None:
+            # Another process was faster with the same thing.
+            shutil.rmtree(temporary, ignore_errors=True)
+            return
         if final.exists():
             discard(final)
         os.replace(temporary, final)

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import re
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Any, Literal
 
 from rlcore.engine.errors import UserError
 
-if typing.TYPE_CHECKING or __import__("sys").version_info >= (3, 11):
+if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
@@ -35,6 +36,9 @@ class TaskConfig:
     template: str = ""
     """The prompt: {question} stands for the question's text, {name} for an entry of the task's metadata. Empty: the
     question and a line break; for chain_sum the bare "{expression} ="."""
+    partial_credit: bool = False
+    """Reward an answer that is not right with the verifier's score for it. Policies stop at such answers: "14" for "4"
+    is half right to chain_sum's verifier, because it contains it."""
     pool: int = 80000
     """How many items are drawn from the task; duplicates are dropped."""
     seed: int = 0
@@ -50,7 +54,7 @@ class ModelConfig:
     """The policy."""
 
     path: str = ""
-    """Directory or id of a Hugging Face causal LM. Empty: a small Qwen3 model, made by a short supervised warm start."""
+    """Directory or id of a Hugging Face causal LM. Empty: a small Qwen3, made by a short supervised warm start."""
     hidden_size: int = 128
     """Width of the small model."""
     layers: int = 2
@@ -91,7 +95,7 @@ class RolloutConfig:
 class UpdateConfig:
     """How the policy is updated."""
 
-    lr: float = 1e-3
+    lr: float = 1.5e-3
     """Peak learning rate of AdamW."""
     warmup: int = 5
     """Steps over which the learning rate rises linearly from zero."""
@@ -107,7 +111,7 @@ class UpdateConfig:
     """Gradients are scaled down to this global norm."""
     epochs: int = 1
     """Passes over the answers of a step."""
-    minibatches: int = 1
+    minibatches: int = 2
     """Optimizer steps per pass."""
     micro_tokens: int = 8192
     """Most answer tokens that go through the model at a time; the answers to a prompt stay together."""
@@ -137,7 +141,7 @@ class Config:
 
     method: str = "grpo"
     """Algorithm, by key: grpo, rloo, reinforce_pp."""
-    steps: int = 200
+    steps: int = 400
     """Steps: rollout, reward, advantage, update."""
     seed: int = 0
     """Seeds everything random: the small model and its warm start, prompts, answers, order of updates."""
@@ -148,7 +152,7 @@ class Config:
     device: str = "auto"
     """cpu, cuda, cuda:N; auto: cuda where there is one, else cpu."""
     threads: int = 0
-    """CPU threads; 0 leaves it to torch."""
+    """CPU threads; 0: one for the small model, whose work is too fine to share, and torch's own number for others."""
     shuffle_rewards: bool = False
     """Control experiment: deal the rewards of a step out at random. Nothing can be learned."""
     checkpoint_every: int = 25
@@ -167,9 +171,9 @@ class Config:
 def validate(config: Config) -> Config:
     """Checks ranges and returns the config; raises UserError that names the key, what is expected and what came."""
     at_least_one = (
-        "steps checkpoint_every keep task.pool task.held_out model.hidden_size model.layers model.heads model.warm_batch "
-        "rollout.prompts rollout.samples rollout.max_new_tokens update.epochs update.minibatches update.micro_tokens "
-        "eval.samples eval.batch"
+        "steps checkpoint_every keep task.pool task.held_out model.hidden_size model.layers model.heads "
+        "model.warm_batch rollout.prompts rollout.samples rollout.max_new_tokens update.epochs update.minibatches "
+        "update.micro_tokens eval.samples eval.batch"
     )
     not_negative = (
         "threads log_samples model.warm_steps rollout.top_k update.warmup update.weight_decay update.clip_low "
@@ -200,7 +204,7 @@ def validate(config: Config) -> Config:
 
 
 def load_toml(path: Path, default: Config | None = None) -> Config:
-    """The config in a TOML file over `default`. Unknown keys and wrong types raise UserError with file, line and key."""
+    """The config in a TOML file over `default`. Unknown keys and wrong types raise UserError: file, line and key."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something in the command, the config or the files is not as it must be; the message says what to do. Exit code 2."""
+    """Something in the command, the config or the files is not as it must be; the message says what. Exit code 2."""
 
 
 class SaveError(Exception):

@@ -21,6 +21,8 @@ from torch import Tensor
 from rlcore.engine.errors import SaveError
 from rlcore.engine.rollout import Rollout
 
+# Seconds between drawings of curves.png while a run goes on.
+REDRAW = 20.0
 PANELS = (
     ("held-out accuracy", ("eval/accuracy",)),
     ("reward", ("reward", "accuracy")),
@@ -43,6 +45,9 @@ class RunLog:
             self.samples = cut(directory / "samples.jsonl", first_step)
             self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
         self.screen = Screen(first_step, steps)
+        for record in read(directory / "metrics.jsonl"):
+            self.screen.accuracy = record.get("eval/accuracy", self.screen.accuracy)
+        self.drawn = time.monotonic()
 
     def __enter__(self) -> RunLog:
         return self
@@ -74,8 +79,8 @@ class RunLog:
             self.metrics.flush()
             for key, value in record.items():
                 self.board.add_scalar(key, value, step)
-            if "eval/accuracy" in record:
-                self.curves()
+        if "eval/accuracy" in record and time.monotonic() > self.drawn + REDRAW:
+            self.curves()
         self.screen.step(step, record)
 
     def answers(self, step: int, rollout: Rollout, advantage: Tensor, count: int) -> None:
@@ -98,7 +103,8 @@ class RunLog:
                 os.fsync(file.fileno())
 
     def conclude(self) -> None:
-        """Says what came of the run."""
+        """Draws the curves a last time and says what came of the run."""
+        self.curves()
         accuracy = [r["eval/accuracy"] for r in read(self.directory / "metrics.jsonl") if "eval/accuracy" in r]
         self.say(f"held-out accuracy: {accuracy[0]:.1%} before, {accuracy[-1]:.1%} after")
         self.say(f"curves: {self.directory / 'curves.png'}")
@@ -108,7 +114,8 @@ class RunLog:
         from matplotlib.figure import Figure
 
         records = read(self.directory / "metrics.jsonl")
-        figure = Figure(figsize=(12, 6.5), layout="constrained")
+        figure = Figure(figsize=(12, 6.5))
+        figure.subplots_adjust(left=0.05, right=0.98, bottom=0.08, top=0.9, hspace=0.4)
         for axis, (title, keys) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
             for key in keys:
                 points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
@@ -122,8 +129,10 @@ class RunLog:
         figure.suptitle(self.directory.name)
         path = self.directory / "curves.png"
         temporary = path.with_name(".curves.tmp.png")
-        figure.savefig(temporary, dpi=110)
-        os.replace(temporary, path)
+        with self.writing():
+            figure.savefig(temporary, dpi=110)
+            os.replace(temporary, path)
+        self.drawn = time.monotonic()
 
 
 class Screen:
@@ -147,7 +156,8 @@ class Screen:
         self.accuracy = record.get("eval/accuracy", self.accuracy)
         if "reward" not in record:
             return
-        line = f"reward {record['reward']:.3f}  held-out {self.accuracy:.1%}  {record['time/tokens_per_s']:,.0f} tokens/s"
+        speed = record["time/tokens_per_s"]
+        line = f"reward {record['reward']:.3f}  held-out {self.accuracy:.1%}  {speed:,.0f} tokens/s"
         if self.bar:
             self.bar.update(self.task, completed=step, description=line)
         elif step == self.steps or step % max(1, self.steps // 25) == 0:
@@ -177,7 +187,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def cut(path: Path, first_step: int) -> Any:
-    """Opens a JSONL file for appending after its records before `first_step`; what comes later or is damaged is cut off."""
+    """Opens a JSONL file for appending after its records before `first_step`; what is later or damaged is cut off."""
     file = path.open("a+b")
     file.seek(0)
     end = 0

@@ -1,6 +1,6 @@
 """The policy model: any Hugging Face causal LM by path, or a small Qwen3 made on first use.
 
-The small model has a character-level tokenizer; both live on disk in Hugging Face format and load with `from_pretrained`.
+The small model has a character-level tokenizer; both are stored in Hugging Face format and load with `from_pretrained`.
 It starts from random weights and gets a short supervised warm start on training questions of the task, so that some of
 its sampled answers are right and reinforcement learning has something to amplify.
 """
@@ -25,8 +25,6 @@ from rlcore.engine.policy import Policy
 from rlcore.engine.rollout import encode
 from rlcore.engine.seeding import seed_of
 from rlcore.engine.tasks import Task
-from rlcore.layout import TokenBatch
-from rlcore.ops.segments import segment_sum
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 CHECK_EVERY = 10
@@ -84,7 +82,7 @@ def load(path: Path | str) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.path: no causal LM and tokenizer could be loaded from {str(path)!r}: {reason}") from None
+        raise UserError(f"model.path: no causal LM and tokenizer can be loaded from {str(path)!r}: {reason}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.path: the tokenizer of {str(path)!r} has no end-of-text token")
     if tokenizer.pad_token_id is None:
@@ -105,6 +103,7 @@ def load_or_make(config: Config, task: Task, device: torch.device, say: Callable
         say(f"warm-started model from {directory}")
         model, tokenizer = load(directory)
         return model.to(device), tokenizer
+    say("making a small model: supervised steps on training questions until some of its answers are right")
     tokenizer = character_tokenizer()
     model = small_model(config, len(tokenizer)).to(device).eval()
     warm_start(model, tokenizer, task, config, say)
@@ -112,19 +111,22 @@ def load_or_make(config: Config, task: Task, device: torch.device, say: Callable
         write_directory(directory, lambda temporary: save_model(temporary, model, tokenizer))
     except SaveError as error:
         say(f"the warm-started model is not kept for the next run: {error}")
-    return model, tokenizer
+        return model, tokenizer
+    # Read back, so that the first run has what later ones have, down to the bytes of the tokenizer's files.
+    model, tokenizer = load(directory)
+    return model.to(device), tokenizer
 
 
 def fingerprint(config: Config, device: torch.device) -> str:
     """A name for the warm start of a config: equal where all that it depends on is equal."""
     model = {k: v for k, v in asdict(config.model).items() if k not in ("path", "cache")}
-    task = {k: v for k, v in asdict(config.task).items() if k != "held_out"}
+    task = {k: v for k, v in asdict(config.task).items() if k not in ("held_out", "partial_credit")}
     parts = [rl.__version__, RECIPE, config.seed, model, task, device.type, torch.get_num_threads()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def warm_start(model: Any, tokenizer: Any, task: Task, config: Config, say: Callable[[str], None]) -> None:
-    """Supervised steps on training questions until sampled answers would be right at the rate config.model.warm_accuracy.
+    """Supervised steps on training questions until sampled answers would be right at the rate of `warm_accuracy`.
 
     Minimizes the negative log-likelihood of the reference answers, the library's policy loss with ratio "none" and
     advantage 1. The probability of a whole reference answer, exp(sum of its log-probs), is the expected accuracy at
@@ -138,7 +140,7 @@ def warm_start(model: Any, tokenizer: Any, task: Task, config: Config, say: Call
         prompts, answers, batch = supervised(tokenizer, task, step, config, policy.device)
         if step % CHECK_EVERY == 0:
             logp = policy.logp(prompts, answers, batch)
-            accuracy = segment_sum(logp, offsets=batch.offsets).exp().mean().item()
+            accuracy = rl.segment_sum(logp, offsets=batch.offsets).exp().mean().item()
             if step % (5 * CHECK_EVERY) == 0 or accuracy >= settings.warm_accuracy:
                 say(f"warm start: step {step}, expected accuracy {accuracy:.1%} of {settings.warm_accuracy:.0%}")
             if accuracy >= settings.warm_accuracy:
@@ -153,12 +155,12 @@ def warm_start(model: Any, tokenizer: Any, task: Task, config: Config, say: Call
 
 def supervised(
     tokenizer: Any, task: Task, step: int, config: Config, device: torch.device
-) -> tuple[list[list[int]], list[list[list[int]]], TokenBatch]:
+) -> tuple[list[list[int]], list[list[list[int]]], rl.TokenBatch]:
     """The prompts and reference answers of a supervised step, and their batch: every token has advantage 1."""
     problems = task.prompts(step, config.model.warm_batch, seed_of(config.seed, "warm"))
     prompts = encode(tokenizer, [problem.prompt for problem in problems])
     answers = [[ids + [tokenizer.eos_token_id]] for ids in encode(tokenizer, [problem.answer for problem in problems])]
     target = torch.tensor([token for group in answers for token in group[0]], device=device)
     lengths = torch.tensor([0, *(len(group[0]) for group in answers)], device=device)
-    batch = TokenBatch(target, lengths.cumsum(0), advantage=torch.ones(len(target), device=device))
+    batch = rl.TokenBatch(target, lengths.cumsum(0), advantage=torch.ones(len(target), device=device))
     return prompts, answers, batch

@@ -13,12 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlcore.adapters.transformers import attach, head, trunk
+import rlcore as rl
+from rlcore.adapters.transformers import head
 from rlcore.engine.errors import UserError
-from rlcore.layout import TokenBatch
-from rlcore.ops.policy_loss import Objective, policy_loss
-from rlcore.ops.vocab_head import linear_logprob, linear_policy_loss, logprob
-from rlcore.prefix_tree import PrefixTree
 
 Prompts = list[list[int]]
 Responses = list[list[list[int]]]
@@ -33,7 +30,7 @@ class Policy:
         self.layout = "padded"
         if layout != "padded":
             try:
-                attach(model)
+                rl.attach(model)
                 self.layout = "tree"
             except ValueError as error:
                 if layout == "tree":
@@ -45,22 +42,22 @@ class Policy:
         return self.model.get_input_embeddings().weight.device
 
     def loss(
-        self, prompts: Prompts, responses: Responses, batch: TokenBatch, objective: Objective
+        self, prompts: Prompts, responses: Responses, batch: rl.TokenBatch, objective: rl.Objective
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective on the answers' tokens, batch [N] in the order of `responses`, and its metrics."""
         if self.layout == "tree":
-            hidden = trunk(self.model, answer_tree(prompts, responses, self.device))
-            return linear_policy_loss(hidden, batch=batch, objective=objective, **self._head())
-        out = logprob(self._logits(prompts, responses), batch.target, self.temperature, entropy=True)
-        return policy_loss(out.logp, batch, objective, entropy=out.entropy)
+            hidden = rl.trunk(self.model, answer_tree(prompts, responses, self.device))
+            return rl.linear_policy_loss(hidden, batch=batch, objective=objective, **self._head())
+        out = rl.logprob(self._logits(prompts, responses), batch.target, self.temperature, entropy=True)
+        return rl.policy_loss(out.logp, batch, objective, entropy=out.entropy)
 
     @torch.no_grad()
-    def logp(self, prompts: Prompts, responses: Responses, batch: TokenBatch) -> Tensor:
+    def logp(self, prompts: Prompts, responses: Responses, batch: rl.TokenBatch) -> Tensor:
         """Log-probs [N] of the answers' tokens, without gradient."""
         if self.layout == "tree":
-            hidden = trunk(self.model, answer_tree(prompts, responses, self.device))
-            return linear_logprob(hidden, target=batch.target, **self._head()).logp
-        return logprob(self._logits(prompts, responses), batch.target, self.temperature).logp
+            hidden = rl.trunk(self.model, answer_tree(prompts, responses, self.device))
+            return rl.linear_logprob(hidden, target=batch.target, **self._head()).logp
+        return rl.logprob(self._logits(prompts, responses), batch.target, self.temperature).logp
 
     def _head(self) -> dict[str, Any]:
         return {**head(self.model)._asdict(), "temperature": self.temperature}
@@ -70,7 +67,8 @@ class Policy:
         pairs = [(prompt, answer) for prompt, group in zip(prompts, responses, strict=True) for answer in group]
         width = max(len(prompt) + len(answer) for prompt, answer in pairs)
         ids = [prompt + answer + [self.pad_id] * (width - len(prompt) - len(answer)) for prompt, answer in pairs]
-        start, length = (torch.tensor(x, device=self.device)[:, None] for x in zip(*((len(p), len(a)) for p, a in pairs)))
+        start = torch.tensor([len(prompt) for prompt, _ in pairs], device=self.device)[:, None]
+        length = torch.tensor([len(answer) for _, answer in pairs], device=self.device)[:, None]
         column = torch.arange(width, device=self.device)
         logits = self.model(
             torch.tensor(ids, device=self.device), attention_mask=(column < start + length).long(), use_cache=False
@@ -78,13 +76,13 @@ class Policy:
         return logits[(column >= start - 1) & (column < start + length - 1)]
 
 
-def answer_tree(prompts: Prompts, responses: Responses, device: torch.device) -> PrefixTree:
+def answer_tree(prompts: Prompts, responses: Responses, device: torch.device) -> rl.PrefixTree:
     """A trie of prompts and answers whose predictions are the answers' tokens alone.
 
     Beyond one copy of each prompt it shares what prompts have in common (an instruction) and what answers begin with.
     """
     pairs = [(prompt, answer) for prompt, group in zip(prompts, responses, strict=True) for answer in group]
-    trie = PrefixTree.from_paths([prompt + answer for prompt, answer in pairs])
+    trie = rl.PrefixTree.from_paths([prompt + answer for prompt, answer in pairs])
     prompt_length = torch.tensor([len(prompt) for prompt, _ in pairs])
     offsets = torch.nn.functional.pad(torch.tensor([len(answer) for _, answer in pairs]).cumsum(0), (1, 0))
     place = torch.arange(trie.N) - torch.repeat_interleave(trie.offsets[:-1], trie.offsets.diff())

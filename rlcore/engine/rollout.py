@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import rlcore as rl
 from rlcore.engine.config import RolloutConfig
 from rlcore.engine.sampler import sample
 from rlcore.engine.tasks import Problem, Task
-from rlcore.layout import TENSORS, TokenBatch
+from rlcore.layout import TENSORS
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Rollout:
     reward: Tensor  # [S] float32
     finished: Tensor  # [S] bool: ended with the end token
     model_logp: Tensor  # [N] the sampler's log-probs before top-k and top-p
-    batch: TokenBatch
+    batch: rl.TokenBatch
 
 
 def roll_out(
@@ -67,7 +68,7 @@ def roll_out(
         reward=torch.tensor(rewards, device=offsets.device),
         finished=drawn.ids.gather(1, drawn.lengths[:, None] - 1).squeeze(1) == tokenizer.eos_token_id,
         model_logp=drawn.model_logp[real],
-        batch=TokenBatch(drawn.ids[real], offsets, group=group, rollout_logp=drawn.behaviour_logp[real]),
+        batch=rl.TokenBatch(drawn.ids[real], offsets, group=group, rollout_logp=drawn.behaviour_logp[real]),
     )
 
 
@@ -76,7 +77,7 @@ def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts)["input_ids"]
 
 
-def take(batch: TokenBatch, sequences: Tensor) -> TokenBatch:
+def take(batch: rl.TokenBatch, sequences: Tensor) -> rl.TokenBatch:
     """The given sequences [K] of a flat batch as a minibatch with denominators of its own."""
     assert batch.offsets is not None
     lengths = batch.offsets.diff()[sequences]

@@ -29,12 +29,16 @@ class RunDirectory:
             raise UserError(f"{self.path} is in use by another process; choose another --name")
         if not self.resume and (self.path / "config.toml").exists():
             raise UserError(
-                f"{self.path} holds a run already; go on with `rlcore train --resume {self.path}` or choose another --name"
+                f"{self.path} holds a run already; choose another --name, or go on with: "
+                f"rlcore train --resume {self.path}"
             )
         self.write("config.toml", to_toml(self.config))
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, kind: type | None, *exception: Any) -> None:
+        # A run that a mistake in the config kept from starting does not take the name from the corrected one.
+        if kind is UserError and not (self.path / "metrics.jsonl").exists():
+            (self.path / "config.toml").unlink(missing_ok=True)
         self._lock.close()
 
     @property

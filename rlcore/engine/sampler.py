@@ -106,7 +106,9 @@ def prefill(
     return out.logits[:, -1], cache, mask, position[:, -1]
 
 
-def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
+def draw(
+    logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """One token per row by inverting the distribution function at `uniform`: logits [R, V], uniform [R] in [0, 1).
 
     Returns token, its log-probability after and before top-k and top-p, each [R].

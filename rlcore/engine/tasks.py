@@ -1,8 +1,8 @@
 """Problems with a verifier: reasoning-gym tasks, split into training and held-out questions.
 
 reasoning-gym seeds item i of a data set with seed + i, so two data sets with different seeds are almost the same one,
-shifted: a train/test split by seed leaks. Here one pool of distinct questions is generated, and the hash of a question's
-text alone decides on which side it lies. The warm start and the reinforcement learning see training questions only.
+shifted: a split by seed leaks. Here one pool of distinct questions is generated, and the hash of a question's text
+alone decides on which side it lies. The warm start and the reinforcement learning see training questions only.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Task:
             self.dataset = reasoning_gym.create_dataset(config.name, size=config.pool, seed=config.seed, **options)
         except (TypeError, AssertionError, ValueError) as error:
             raise UserError(f"task.options do not fit the task {config.name!r}: {error}") from None
-        self.name = config.name
+        self.name, self.partial_credit = config.name, config.partial_credit
         template = config.template or TEMPLATES.get(config.name, "{question}\n")
         self.train: list[Problem] = []
         self.held_out: list[Problem] = []
@@ -74,13 +74,14 @@ class Task:
                 self.held_out.append(problem)
         if not self.train or not self.held_out:
             raise UserError(
-                f"task {config.name!r}: {len(seen)} distinct questions are too few to split into training and held-out; "
-                "raise task.pool or task.held_out_fraction"
+                f"task {config.name!r}: {len(seen)} distinct questions are too few to split into training and "
+                "held-out; raise task.pool or task.held_out_fraction"
             )
 
     def score(self, problem: Problem, response: str) -> float:
         """The verifier's reward for a response, 1.0 where it is right."""
-        return float(self.dataset.score_answer(response.strip(), problem.entry))
+        score = float(self.dataset.score_answer(response.strip(), problem.entry))
+        return score if self.partial_credit else float(score >= 1.0)
 
     def prompts(self, step: int, count: int, seed: int) -> list[Problem]:
         """The `count` training problems of a step: every epoch is a fresh permutation of all of them."""

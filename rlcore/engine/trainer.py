@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import rlcore as rl
 from rlcore.engine import checkpoint
 from rlcore.engine.config import Config
 from rlcore.engine.errors import Interrupted, UserError
@@ -34,21 +35,20 @@ from rlcore.engine.rollout import Rollout, roll_out, take
 from rlcore.engine.run import RunDirectory
 from rlcore.engine.seeding import generator, permutation
 from rlcore.engine.tasks import Task
-from rlcore.layout import merge_metrics
-from rlcore.methods import methods
-from rlcore.ops.policy_loss import Objective
+
 
 def train(config: Config, resume: bool = False) -> None:
     """Runs `config.dir/config.name` from its start, or from its last good checkpoint, to its last step.
 
     Raises UserError, SaveError or Interrupted, whose messages are meant for the user.
     """
-    if config.method not in methods():
-        raise UserError(f"method: unknown key {config.method!r}; there are {', '.join(methods())}")
-    method = methods()[config.method]
+    if config.method not in rl.methods():
+        raise UserError(f"method: unknown key {config.method!r}; there are {', '.join(rl.methods())}")
+    method = rl.methods()[config.method]
     device = choose_device(config)
-    with RunDirectory(Path(config.dir) / config.name, config, resume) as run, repeatable(config), StopSignal() as stop:
+    with RunDirectory(Path(config.dir) / config.name, config, resume) as run, repeatable(config):
         task = Task(config.task)
+        checkpoint.clean(run.checkpoints)
         saved = checkpoint.load_latest(run.checkpoints, print) if resume else None
         if saved is None:
             first_step = 0
@@ -67,7 +67,7 @@ def train(config: Config, resume: bool = False) -> None:
             checkpoint.restore_optimizer(saved.path, model, optimizer)
         objective = method.objective(**clip_bounds(config, method.structure))
 
-        with RunLog(run.path, first_step, config.steps) as log:
+        with RunLog(run.path, first_step, config.steps) as log, StopSignal() as stop:
             log.say(introduction(config, policy, task, run, first_step))
             # Step 0 is the evaluation before any training.
             for step in range(first_step, config.steps + 1):
@@ -99,6 +99,7 @@ def train(config: Config, resume: bool = False) -> None:
                     log.sync()
                     checkpoint.save(run.checkpoints, step, model, tokenizer, optimizer, config.keep)
                 if stop.requested and step < config.steps:
+                    log.curves()
                     raise Interrupted(f"Stopped after step {step}. Go on with: rlcore train --resume {run.path}")
             log.conclude()
 
@@ -106,13 +107,13 @@ def train(config: Config, resume: bool = False) -> None:
 def update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
-    objective: Objective,
+    objective: rl.Objective,
     rollout: Rollout,
     advantage: Tensor,
     config: Config,
     step: int,
 ) -> dict[str, float]:
-    """The optimizer steps on one rollout, advantage [N]; returns the metrics of the policy, averaged over them."""
+    """The optimizer steps on one rollout, advantage [N]; returns the metrics of the loss over all of them."""
     start = time.perf_counter()
     P, G = len(rollout.prompts), config.rollout.samples
     old_logp = trainer_logp(policy, rollout, config)
@@ -136,12 +137,11 @@ def update(
             norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.update.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            steps.append({**merge_metrics(parts), "grad_norm": norm})
+            steps.append({**rl.merge_metrics(parts), "grad_norm": norm})
 
     mismatch = (old_logp - rollout.model_logp).abs()
-    averages = {f"policy/{key}": torch.stack([s[key] for s in steps]).float().mean().item() for key in steps[0]}
     return {
-        **averages,
+        **{f"policy/{key}": over_steps(key, [s[key] for s in steps]) for key in steps[0]},
         "mismatch_max": mismatch.max().item(),
         "mismatch_mean": mismatch.mean().item(),
         "lr": optimizer.param_groups[0]["lr"],
@@ -150,7 +150,7 @@ def update(
 
 
 def trainer_logp(policy: Policy, rollout: Rollout, config: Config) -> Tensor:
-    """Log-probs [N] of the rollout's tokens under the policy that the update starts from, as the trainer computes them."""
+    """Log-probs [N] of the rollout's tokens under the policy before its update, as the trainer computes them."""
     G = config.rollout.samples
     parts = []
     for micro in rollout.batch.split(config.update.micro_tokens, by="group"):
@@ -158,6 +158,13 @@ def trainer_logp(policy: Policy, rollout: Rollout, config: Config) -> Tensor:
         own = slice(micro.sequences.start // G, micro.sequences.stop // G)
         parts.append(policy.logp(rollout.prompts[own], rollout.responses[own], micro))
     return torch.cat(parts)
+
+
+def over_steps(name: str, values: list[Tensor]) -> float:
+    """One number for several optimizer steps: the largest of a maximum, the smallest of a minimum, else the mean."""
+    stacked = torch.stack(values).float()
+    reduced = stacked.amax() if name.endswith("_max") else stacked.amin() if name.endswith("_min") else stacked.mean()
+    return reduced.item()
 
 
 def summary(rollout: Rollout) -> dict[str, float]:
@@ -179,7 +186,7 @@ def token_count(rollout: Rollout) -> int:
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up over `warmup` steps, then a straight line to lr * final_lr at the last step. Steps count from 1."""
+    """Linear warm-up over `warmup` steps, on a straight line to lr * final_lr at the last one. Steps count from 1."""
     update = config.update
     rise = min(1.0, step / max(1, update.warmup))
     fall = 1 - (1 - update.final_lr) * (step - 1) / max(1, config.steps - 1)
@@ -228,17 +235,18 @@ def introduction(config: Config, policy: Policy, task: Task, run: RunDirectory, 
 def repeatable(config: Config) -> Iterator[None]:
     """The configured number of threads and deterministic algorithms inside the block."""
     threads, mode = torch.get_num_threads(), torch.get_deterministic_debug_mode()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.set_num_threads(config.threads or threads)
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
+    torch.set_num_threads(config.threads or (threads if config.model.path else 1))
     if not mode:
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.set_deterministic_debug_mode(mode)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill
 
 
 class StopSignal:

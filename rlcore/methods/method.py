@@ -35,3 +35,10 @@ class Method:
     def objective(self, **changes: Any) -> Objective:
         """The method's objective, with arguments of `rl.Objective` replaced by `changes`."""
         return Objective(**{**self.structure, **changes})
+
+
+def required(x: Tensor | None, name: str, why: str) -> Tensor:
+    """x, or a ValueError that names what is missing."""
+    if x is None:
+        raise ValueError(f"{name}: needed, for {why}; got None")
+    return x

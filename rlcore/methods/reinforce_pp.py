@@ -1,22 +1,18 @@
 """REINFORCE++: token returns, whitened over the whole batch, in PPO's clipped surrogate. It needs no groups."""
 
-import torch
 from torch import Tensor
 
-from rlcore.layout import TokenBatch
+from rlcore.layout import TokenBatch, per_token
 from rlcore.methods.method import Method
-from rlcore.ops.segments import discounted_return, whiten
+from rlcore.ops.segments import whiten
 
 
 def advantage(reward: Tensor, batch: TokenBatch) -> Tensor:
     """A_it = (G_it - mean) / std over all tokens of the batch, G_it the sum of rewards from token t on.
 
-    The reward arrives with the last token of an answer, and nothing is discounted.
+    The reward arrives with the last token of an answer and nothing is discounted, so G_it = r_i for every token.
     """
-    assert batch.offsets is not None
-    last = batch.offsets[1:] - 1
-    arrives = torch.zeros(batch.N, dtype=reward.dtype, device=reward.device).index_put((last,), reward)
-    return whiten(discounted_return(arrives, batch.offsets, gamma=1.0, mask=batch.mask), mask=batch.mask)
+    return whiten(per_token(reward, batch), mask=batch.mask)
 
 
 REINFORCE_PP = Method(

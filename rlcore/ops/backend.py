@@ -69,6 +69,7 @@ def _native_state() -> str:
     return "rlcore._native was built but can not be loaded here"
 
 
+@functools.cache
 def _triton_state() -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -77,6 +78,7 @@ def _triton_state() -> str:
     return "live"
 
 
+@functools.cache
 def _cuda_state() -> str:
     if importlib.util.find_spec("rlcore._cuda") is None:
         return "rlcore._cuda was not built"

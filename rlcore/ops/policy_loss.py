@@ -87,9 +87,9 @@ def policy_loss(
     See `rlcore.algorithms.policy_loss` for the formula, the shapes and the errors. Where the C++ pass runs (built-in
     objectives, CPU, not float64) a double backward raises RuntimeError: use the reference backend.
     """
+    check_scores(logp, batch, objective, entropy)
     if not is_native(logp, entropy, objective):
         return algorithm.policy_loss(logp, batch, objective, entropy)
-    check_scores(logp, batch, objective, entropy)
     check_fields(batch, objective)
     x = full_precision(logp).reshape(-1)
     h = None if entropy is None else full_precision(entropy).reshape(-1)

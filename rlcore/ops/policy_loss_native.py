@@ -131,7 +131,7 @@ def native_chunk(
     # Not batch.chunk: that makes the offsets of the chunk as well, which its rows' coefficients stand for here.
     rows = prepared.batch
     fields = {name: x[start:stop] for name in (*FIELDS, "mask", "kl_mask") if (x := getattr(rows, name)) is not None}
-    part = TokenBatch(rows.target[start:stop], rows.offsets, totals=rows.totals, checked=True, **fields)
+    part = rows.derived(target=rows.target[start:stop], **fields)
     units = None if prepared.level is None else prepared.level[start:stop]
     needs = (gradients, gradients and objective.needs_entropy)
     out = evaluate(logp, entropy, part, objective, needs, prepared.coefficient[start:stop], units)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -160,6 +161,7 @@ def prefix_attention(
     `backend("reference")` runs the dense reference, which can be differentiated twice.
     Raises ValueError or TypeError naming the argument.
     """
+    _check_types(q, k, v, tree, scale, window, softcap, sink)
     device = q.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -178,11 +180,24 @@ def prefix_attention(
     return o[..., :width] if width < D else o
 
 
+def _check_types(q: Any, k: Any, v: Any, tree: Any, scale: Any, window: Any, softcap: Any, sink: Any) -> None:
+    if not isinstance(tree, PrefixTree):
+        raise TypeError(f"tree: expected a PrefixTree, got {type(tree).__name__}")
+    for name, x in (("q", q), ("k", k), ("v", v), ("sink", sink)):
+        if not isinstance(x, Tensor) and (x is not None or name != "sink"):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int)):
+        raise TypeError(f"window: expected an int or None, got {window!r}")
+    for name, number in (("scale", scale), ("softcap", softcap)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
+            raise TypeError(f"{name}: expected a number or None, got {number!r}")
+        if number is not None and not math.isfinite(number):
+            raise ValueError(f"{name}: expected a finite number, got {number!r}")
+
+
 def _check(
     q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree, window: int | None, softcap: float | None, sink: Tensor | None
 ) -> None:
-    if not isinstance(tree, PrefixTree):
-        raise TypeError(f"tree: expected a PrefixTree, got {type(tree).__name__}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 3:
             raise ValueError(f"{name}: expected [rows, heads, head size], got shape {tuple(x.shape)}")
@@ -206,5 +221,11 @@ def _check(
         raise ValueError(f"window: expected at least 1, got {window}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: expected a positive number, got {softcap}")
+    if q.shape[2] == 0 or v.shape[2] == 0:
+        raise ValueError(f"q: expected a head size of at least 1, got {tuple(q.shape)} and v {tuple(v.shape)}")
+    if sink is not None and not sink.is_floating_point():
+        raise TypeError(f"sink: expected a floating point tensor, got {sink.dtype}")
+    if sink is not None and sink.device != q.device:
+        raise ValueError(f"sink: expected the device of q ({q.device}), got {sink.device}")
     if sink is not None and sink.shape != (q.shape[1],):
         raise ValueError(f"sink: expected one value per query head [{q.shape[1]}], got shape {tuple(sink.shape)}")

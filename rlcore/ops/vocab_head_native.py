@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms import vocab_head_chunks as chunks
+from rlcore.algorithms.objective import Objective
+from rlcore.algorithms.policy_loss import Metrics, PreparedBatch
 from rlcore.algorithms.vocab_head_chunks import TORCH, Coefficients, RowPasses, Rows, RowStatistics, Scale
 from rlcore.ops import backend
+from rlcore.ops.policy_loss_native import is_native as is_native_objective
+from rlcore.ops.policy_loss_native import native_chunk
 
 
 def row_passes() -> RowPasses:
@@ -70,4 +74,13 @@ def gradient_(
     return z[:count], keep
 
 
-NATIVE = RowPasses(statistics_, gradient_)
+def objective(
+    logp: Tensor, entropy: Tensor, prepared: PreparedBatch, start: int, stop: int, structure: Objective, gradients: bool
+) -> tuple[Tensor, Metrics, Tensor | None, Tensor | None] | None:
+    """`chunk_loss` with its gradients in C++, or None where the objective is not built in."""
+    if not is_native_objective(logp, entropy, structure):
+        return None
+    return native_chunk(logp, entropy, prepared, start, stop, structure, gradients)
+
+
+NATIVE = RowPasses(statistics_, gradient_, objective)

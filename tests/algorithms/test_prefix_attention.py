@@ -117,6 +117,14 @@ def test_composition_against_oracle(forest, small, dtype, heads, sink):
         check(composed(tree, 0.4), tree, rows, dtype, sink, {}, Hq=heads[0], Hkv=heads[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_composition_where_flash_attention_does_not_share_key_heads(dtype, monkeypatch):
+    """What older torch needs: key heads repeated in front of the call, their gradients summed behind it."""
+    monkeypatch.setattr(algorithm, "_SHARES_KEY_HEADS", False)
+    tree, rows = FORESTS["groups"]
+    check(composed(tree, 0.4), tree, rows, dtype, True, {}, Hq=4, Hkv=2)
+
+
 @contextmanager
 def calls_for(small):
     """Plans made with another size up to which blocks share a call."""

@@ -125,7 +125,7 @@ class FullDisk:
 
 
 def test_full_disk_at_every_write(tmp_path, trained):
-    """Whichever write fails: one clear error, nothing left behind, the checkpoint before intact; then it works again."""
+    """Whichever write fails: a clear error, nothing left behind, the checkpoint before intact; then it works again."""
     save_at(tmp_path, 1, trained)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     writes = 0
@@ -158,7 +158,7 @@ def test_full_disk_for_real(tmp_path, trained):
         pytest.skip("mounting a small file system is not allowed here")
     try:
         save_at(disk, 1, trained)
-        with pytest.raises(SaveError, match="step-00000[23]"):
+        with pytest.raises(SaveError, match=r"step-00000[23]"):
             for step in (2, 3):
                 save_at(disk, step, trained, keep=3)
         saved = load_latest(disk, pytest.fail)

@@ -26,7 +26,7 @@ def test_round_trip(tmp_path):
 
 
 def test_file_over_defaults(tmp_path):
-    config = load_toml(write(tmp_path, 'steps = 7\n[update]\nlr = 1\n[task.options]\nmax_digits = 1\n'))
+    config = load_toml(write(tmp_path, "steps = 7\n[update]\nlr = 1\n[task.options]\nmax_digits = 1\n"))
     assert (config.steps, config.update.lr, config.task.options) == (7, 1.0, {"max_digits": "1"})
     assert isinstance(config.update.lr, float)
     assert config.rollout == Config().rollout

@@ -51,12 +51,27 @@ def test_advantage(expected):
 
 
 @pytest.mark.parametrize("key", methods())
-def test_shape_where_answers_and_tokens_are_as_many(key):
-    """Six answers with six tokens, one of them empty: still one advantage per token."""
-    offsets = torch.tensor([0, 2, 3, 4, 5, 6, 6])[[0, 1, 2, 3, 4, 5]]
-    ragged = TokenBatch(torch.zeros(6, dtype=torch.int64), offsets, group=torch.tensor([0, 0, 0, 1, 1]))
-    advantage = methods()[key].advantage(torch.tensor([1.0, 0, 1, 0, 1]), ragged)
+def test_empty_and_masked_rows_change_no_other_answer(key):
+    """Six answers, one empty, six tokens; the same answers with a masked last token; the same in a padded batch."""
+    reward, group = torch.tensor([1.0, 0, 1, 0, 1, 0.5]), torch.tensor([0, 0, 0, 1, 1, 1])
+    method, ids = methods()[key], torch.zeros(6, dtype=torch.int64)
+    packed = TokenBatch(ids, torch.tensor([0, 2, 3, 4, 4, 5, 6]), group=group)
+    advantage = method.advantage(reward, packed)
     assert advantage.shape == (6,) and advantage[0] == advantage[1]
+    assert advantage[0] > 0 > advantage[2]
+    masked = TokenBatch(ids, torch.tensor([0, 2, 3, 4, 4, 5, 6]), mask=torch.tensor([1, 0, 1, 1, 1, 1]), group=group)
+    assert method.advantage(reward, masked)[0] > 0
+    width = torch.tensor([2, 1, 1, 0, 1, 1])
+    inside = torch.arange(2) < width[:, None]
+    padded = TokenBatch(torch.zeros(6, 2, dtype=torch.int64), mask=inside, group=group)
+    torch.testing.assert_close(method.advantage(reward, padded)[inside], advantage)
+
+
+@pytest.mark.parametrize("key", ["grpo", "rloo"])
+def test_a_missing_group_is_named(key):
+    with pytest.raises(ValueError, match=r"batch\.group: needed"):
+        methods()[key].advantage(torch.ones(2), TokenBatch(torch.zeros(2, dtype=torch.int64), torch.tensor([0, 1, 2])))
+
 
 
 def test_entries():

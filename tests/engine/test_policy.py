@@ -1,4 +1,4 @@
-"""The two layouts of an update: prefix trees with the folded head, and padded rows with logits, give the same numbers."""
+"""The two layouts of an update, prefix trees with the folded head and padded rows with logits: the same numbers."""
 
 from __future__ import annotations
 

@@ -60,26 +60,18 @@ def test_global_random_state_is_neither_read_nor_changed(small):
 
 
 def test_prefill_once_equals_separate_prompts(small):
-    """Groups, padding and the shared beginning change nothing: each answer equals the one drawn for its prompt alone."""
-    model, tokenizer, _ = small
+    """Groups, padding and the shared beginning change nothing: each answer is the one drawn for its prompt alone."""
+    tokenizer = small[1]
     texts = ["The same start: 1 =\n", "The same start: 12345 =\n", "The same start: 33 =\n"]
     prompts, out = run(small, encoded(tokenizer, texts), samples=4, seed=3)
-
-    class Table:
-        """Hands `sample` the uniform numbers that a prompt's rows had in the joint call."""
-
-        device = torch.device("cpu")
-
     table = torch.rand(12, 6, generator=generator(3))
     original = torch.rand
     for p, prompt in enumerate(prompts):
         for copy in range(4):
             row = 4 * p + copy
             try:
-                torch.rand = lambda *a, row=row, **k: table[row : row + 1]  # noqa: B023
-                alone = sample(
-                    model, [prompt], 1, max_new_tokens=6, eos_id=tokenizer.eos_token_id, pad_id=0, generator=generator(0)
-                )
+                torch.rand = lambda *a, row=row, **k: table[row : row + 1]
+                _, alone = run(small, [prompt], samples=1)
             finally:
                 torch.rand = original
             assert torch.equal(alone.ids[0], out.ids[row])

@@ -53,12 +53,15 @@ def test_held_out_set_is_the_same_for_every_run_seed():
 
 
 def test_verifier():
-    task = Task(TaskConfig(pool=500, held_out=20))
+    task = Task(TaskConfig(pool=500, held_out=20, partial_credit=True))
     problem = task.train[0]
     assert task.score(problem, problem.answer) == 1.0
     assert task.score(problem, f" {problem.answer} ") == 1.0
     assert task.score(problem, "") == 0.0
-    assert task.score(problem, problem.answer + "7") < 1.0
+    assert 0.0 < task.score(problem, problem.answer + "7") < 1.0
+    strict = Task(TaskConfig(pool=500, held_out=20))
+    assert strict.score(problem, problem.answer) == 1.0
+    assert strict.score(problem, problem.answer + "7") == 0.0
     assert task.score(problem, "no number") == 0.0
 
 

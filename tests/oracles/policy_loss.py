@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass
@@ -20,7 +20,6 @@ class Case:
     entropy: float = 0.0
     aggregate: str = "token_mean"
     length: float = 1.0
-    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def loss(case: Case) -> float:
@@ -79,7 +78,7 @@ def kl(estimator: str, x: float) -> float:
 
 
 def gradient(case: Case, name: str, step: float = 1e-6) -> list[float]:
-    """d loss / d token[name] by central differences, token after token; stop-gradients are held by `frozen`."""
+    """d loss / d token[name] by central differences, token after token."""
     result = []
     for sequence in case.sequences:
         for token in sequence:
@@ -96,14 +95,20 @@ def gradient(case: Case, name: str, step: float = 1e-6) -> list[float]:
     return result
 
 
+def lost(case: Case, towards: float) -> bool:
+    """Whether a ratio outside its range is clipped: by PPO where the advantage pushes on, by CISPO always."""
+    return {"ppo": towards > 0, "cispo": True, "reinforce": False}[case.surrogate]
+
+
 def expected_metrics(case: Case) -> dict[str, float]:
     """Token means over the minibatch of what the ratio did."""
     live = [(t, [u for u in s if u["mask"]]) for s in case.sequences for t in s if t["mask"]]
     n = max(len(live), 1)
     ratios = [(token_ratio(case, t, s), t) for t, s in live]
-    low = [r < 1 - t.get("clip_low", case.clip[0]) and t["advantage"] < 0 for r, t in ratios]
-    high = [r > 1 + t.get("clip_high", case.clip[1]) and t["advantage"] > 0 for r, t in ratios]
+    low = [r < 1 - t.get("clip_low", case.clip[0]) and lost(case, -t["advantage"]) for r, t in ratios]
+    high = [r > 1 + t.get("clip_high", case.clip[1]) and lost(case, t["advantage"]) for r, t in ratios]
     weights = [math.exp(t["old_logp"] - t["rollout_logp"]) for t, _ in live]
+    used = [min(w, case.cap or w) for w in weights]
     return {
         "tokens": len(live),
         "ratio_mean": sum(r for r, _ in ratios) / n,
@@ -114,13 +119,19 @@ def expected_metrics(case: Case) -> dict[str, float]:
         "clip_fraction": sum(a or b for a, b in zip(low, high, strict=True)) / n,
         "old_kl_k1": sum(-math.log(r) for r, _ in ratios) / n,
         "old_kl_k3": sum(r - 1 - math.log(r) for r, _ in ratios) / n,
-        "ref_kl_k1": sum(t["logp"] - t["ref_logp"] for t, _ in live) / n,
-        "ref_kl_k3": sum(kl("k3", t["logp"] - t["ref_logp"]) for t, _ in live) / n,
+        "dual_clip_fraction": sum(r > (case.dual_clip or math.inf) and t["advantage"] < 0 for r, t in ratios) / n,
+        "zero_advantage_fraction": sum(t["advantage"] == 0 for t, _ in live) / n,
+        "ref_kl_k1": sum(t["logp"] - t["ref_logp"] for t, _ in live if t.get("kl_mask", True)) / n,
+        "ref_kl_k3": sum(kl("k3", t["logp"] - t["ref_logp"]) for t, _ in live if t.get("kl_mask", True)) / n,
+        "rollout_kl_k3": sum(kl("k3", t["rollout_logp"] - t["old_logp"]) for t, _ in live) / n,
+        "correction_clip_fraction": sum(w > (case.cap or math.inf) for w in weights) / n,
+        "weight_sum": sum(used),
+        "weight_sq_sum": sum(w * w for w in used),
+        "loss": loss(case),
         "rollout_kl_k1": sum(t["rollout_logp"] - t["old_logp"] for t, _ in live) / n,
         "rollout_logp_difference_max": max(abs(t["rollout_logp"] - t["old_logp"]) for t, _ in live),
         "entropy": sum(t["entropy"] for t, _ in live) / n,
         "logp_mean": sum(t["logp"] for t, _ in live) / n,
         "advantage_mean": sum(t["advantage"] for t, _ in live) / n,
-        "weight_sum": sum(weights),
-        "ess": sum(weights) ** 2 / (n * sum(w * w for w in weights)),
+        "ess": sum(used) ** 2 / (n * sum(w * w for w in used)),
     }

@@ -1,0 +1,152 @@
+"""The command line: exit codes, one sentence for a user's mistake, kill -9 and --resume through real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlcore.cli import main
+from rlcore.engine.checkpoint import found
+from rlcore.engine.config import Config, load_toml, to_toml
+from rlcore.engine.logging import read
+
+COMMAND = [sys.executable, "-m", "rlcore.cli"]
+
+
+def fails(capsys, *arguments: str) -> str:
+    """The message of a command that ends with exit code 2: one sentence, no traceback."""
+    assert main(["train", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("rlcore: ") and message.count("\n") == 1 and "Traceback" not in message
+    return message
+
+
+def test_user_mistakes(capsys, tiny, tmp_path):
+    assert "--resume" in fails(capsys, "--resume", str(tmp_path / "nothing"))
+    assert "nothing.toml" in fails(capsys, "--config", str(tmp_path / "nothing.toml"))
+    bad = tmp_path / "bad.toml"
+    bad.write_text("[update]\nlearning_rates = 3\n")
+    assert "line 2" in fails(capsys, "--config", str(bad))
+    assert "steps must be at least 1" in fails(capsys, "--steps", "0")
+    at = ["--dir", str(tmp_path / "runs")]
+    assert "grpo, rloo, reinforce_pp" in fails(capsys, *at, "--method", "grop")
+    assert "chain_sum" in fails(capsys, *at, "--task.name", "chainsum", "--name", "a")
+    assert "model.path" in fails(capsys, *at, "--model.path", str(tmp_path / "no-model"), "--name", "b")
+    assert "device" in fails(capsys, *at, "--device", "cuda:99", "--name", "c")
+
+
+def test_a_mistake_does_not_take_the_name(capsys, tmp_path):
+    """A run that never started leaves no directory that the corrected command would trip over."""
+    at = ["--dir", str(tmp_path), "--name", "run"]
+    fails(capsys, *at, "--task.name", "chainsum")
+    fails(capsys, *at, "--model.path", str(tmp_path / "no-model"))
+    assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_commands(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip()
+    assert main(["--help"]) == 0
+    assert "rlcore train --help" in capsys.readouterr().out
+    assert main([]) == 0
+    assert main(["trian"]) == 2
+    assert "train" in capsys.readouterr().err
+    assert main(["backends"]) == 0
+    assert "reference" in capsys.readouterr().out
+
+
+def test_unknown_option_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["train", "--update.learning-rates", "3", "--update.epoch", "2"])
+    assert error.value.code == 2
+    assert "--update.epochs" in capsys.readouterr().err
+
+
+def test_help_is_the_docstrings(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["train", "--help"])
+    assert error.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "Peak learning rate of AdamW." in text and "--rollout.top-p" in text
+
+
+def test_precedence(tiny, tmp_path, monkeypatch):
+    """Defaults < TOML < command line; a resumed run starts from its own config."""
+    from rlcore.engine import trainer
+
+    runs: list[tuple[Config, bool]] = []
+    monkeypatch.setattr(trainer, "train", lambda config, resume: runs.append((config, resume)))
+    file = tmp_path / "mine.toml"
+    file.write_text("steps = 5\nseed = 4\n[update]\nlr = 0.5\n")
+    assert main(["train", "--config", str(file), "--seed", "9", "--name", "x", "--update.epochs", "2"]) == 0
+    config, resume = runs[0]
+    assert (config.steps, config.seed, config.update.lr, config.update.epochs, resume) == (5, 9, 0.5, 2, False)
+    stored = tmp_path / "runs" / "old"
+    stored.mkdir(parents=True)
+    (stored / "config.toml").write_text(to_toml(config))
+    assert main(["train", f"--resume={stored}", "--steps", "50"]) == 0
+    again, resume = runs[1]
+    assert (again.steps, again.seed, again.update.lr, resume) == (50, 9, 0.5, True)
+    assert Path(again.dir) / again.name == stored
+
+
+def arguments(config: Config) -> list[str]:
+    file = Path(config.dir) / "given.toml"
+    file.write_text(to_toml(config))
+    return [*COMMAND, "train", "--config", str(file)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def wait_for_step(process: subprocess.Popen, path: Path, step: int) -> None:
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(record["step"] >= step for record in read(path / "metrics.jsonl")):
+            return
+        time.sleep(0.01)
+
+
+def test_kill_9_and_resume(tiny, tmp_path):
+    """The real command, killed in the middle, resumed: the same bytes as the command that was left alone."""
+    whole, killed = tiny(name="whole", steps=6), tiny(name="killed", steps=6)
+    subprocess.run(arguments(whole), check=True, capture_output=True, env=environment())
+    process = subprocess.Popen(arguments(killed), stdout=subprocess.DEVNULL, env=environment())
+    wait_for_step(process, tmp_path / "killed", 3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = subprocess.run(
+        [*COMMAND, "train", "--resume", str(tmp_path / "killed")], capture_output=True, text=True, env=environment()
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    a, b = (found(tmp_path / name / "checkpoints")[-1] for name in ("whole", "killed"))
+    assert a.name == b.name == "step-000006"
+    for file in ("model/model.safetensors", "optimizer.safetensors"):
+        assert (a / file).read_bytes() == (b / file).read_bytes()
+    metrics = [
+        [{k: v for k, v in r.items() if not k.startswith("time/")} for r in read(tmp_path / name / "metrics.jsonl")]
+        for name in ("whole", "killed")
+    ]
+    assert metrics[0] == metrics[1] and [r["step"] for r in metrics[0]] == list(range(7))
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
+    config = tiny(steps=500, checkpoint_every=1000)
+    process = subprocess.Popen(
+        arguments(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    wait_for_step(process, tmp_path / "run", 2)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert f"rlcore train --resume {tmp_path / 'run'}" in error and "Traceback" not in error
+    step = read(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
+    assert found(tmp_path / "run" / "checkpoints")[-1].name == f"step-{step:06d}"
+    assert load_toml(tmp_path / "run" / "config.toml") == config

@@ -1,0 +1,76 @@
+"""JSONL files that are cut and taken up again, and the progress bar."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from rlcore.engine import logging
+from rlcore.engine.logging import RunLog, Screen, cut, read
+
+
+def lines(*steps: int) -> bytes:
+    return b"".join(json.dumps({"step": step, "x": step / 7}).encode() + b"\n" for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("content", "first_step", "kept"),
+    [
+        (b"", 0, []),
+        (lines(0, 1, 2), 0, []),
+        (lines(0, 1, 2, 3), 2, [0, 1]),
+        (lines(0, 1, 2), 3, [0, 1, 2]),
+        (lines(0, 1, 2)[:-3], 3, [0, 1]),
+        (lines(0, 1) + b'{"step": 2}', 3, [0, 1]),
+        (lines(0, 1) + b"\xff\x00garbage\n" + lines(2), 3, [0, 1]),
+        (lines(0, 0, 1, 1, 2, 2), 2, [0, 0, 1, 1]),
+    ],
+)
+def test_cut(tmp_path, content, first_step, kept):
+    path = tmp_path / "file.jsonl"
+    path.write_bytes(content)
+    with cut(path, first_step) as file:
+        file.write(json.dumps({"step": 99}) + "\n")
+    assert [record["step"] for record in read(path)] == [*kept, 99]
+
+
+def test_read_leaves_a_half_written_line_out(tmp_path):
+    path = tmp_path / "file.jsonl"
+    path.write_bytes(lines(0, 1)[:-4])
+    assert [record["step"] for record in read(path)] == [0]
+    assert read(tmp_path / "missing.jsonl") == []
+
+
+def test_metrics_are_valid_json_and_exact(tmp_path):
+    with RunLog(tmp_path, 0, 2) as log:
+        log.step(0, {"eval/accuracy": 0.1 + 0.2, "bad": float("nan")})
+        log.conclude()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"step": 0, "eval/accuracy": 0.1 + 0.2, "bad": None}
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_progress_bar_on_a_terminal(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("rich.progress.get_console", lambda: Console(file=shown, force_terminal=True, width=120))
+    screen = Screen(0, 10)
+    screen.say("[hello] reader")
+    screen.step(0, {"eval/accuracy": 0.25})
+    screen.step(4, {"reward": 0.5, "time/tokens_per_s": 12345.0})
+    screen.close()
+    text = shown.getvalue()
+    for part in ("[hello] reader", "reward 0.500", "held-out 25.0%", "12,345 tokens/s", "left", "4/10"):
+        assert part in text
+
+
+def test_plain_lines_elsewhere(monkeypatch, capsys):
+    monkeypatch.setattr(logging.sys.stdout, "isatty", lambda: False, raising=False)
+    screen = Screen(0, 10)
+    for step in range(1, 11):
+        screen.step(step, {"reward": 0.5, "time/tokens_per_s": 10.0})
+    out = capsys.readouterr().out
+    assert out.count("\n") == 10 and "step 10/10" in out and "s left" in out
