@@ -19,6 +19,7 @@ from torch import Tensor
 
 TRIAL = 3  # rounds whose median makes one estimate; the smallest estimate counts
 SHORTEST = 0.005  # seconds; faster functions are called several times per measurement
+LONG_ROUND = 20.0  # seconds; a race of such rounds has five of them, so that a full run stays below eight minutes
 Function = Callable[[], Any]
 
 
@@ -109,8 +110,8 @@ class Race:
 
 
 def run_race(contestants: Mapping[str, Function], seconds: float, quick: bool = False) -> Race:
-    """Calls every contestant once per round until about `seconds` are spent, at least two trials, each round in
-    another order. The caller has run each of them before, to check its result.
+    """Calls every contestant once per round until about `seconds` are spent, at least two trials (of long rounds:
+    five rounds), each round in another order. The caller has run each of them before, to check its result.
     """
     names = list(contestants)
     loops = dict.fromkeys(names, 1)
@@ -128,6 +129,8 @@ def run_race(contestants: Mapping[str, Function], seconds: float, quick: bool = 
                     spent = timed(contestants[name], loops[name])
                 times[name].append(spent)
             i += 1
+            if i == 1 and perf_counter() - start > LONG_ROUND:
+                rounds = min(rounds, 5)
             if i == rounds and not quick and rounds < 60 and (perf_counter() - start) * (1 + 2 * TRIAL / i) < seconds:
                 rounds += 2 * TRIAL
     finally:

@@ -18,6 +18,7 @@ import pytest
 from measure import Race, Row, check
 from vocab_head_cases import FRESH, PREALLOCATED, Cases
 
+pytestmark = pytest.mark.timeout(1800)
 FORWARD, HIDDEN, WEIGHT = FRESH
 
 
