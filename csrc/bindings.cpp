@@ -25,7 +25,8 @@ rlcore::cpu::Logits logits_of(std::uintptr_t logits, std::int64_t row_stride, st
                               std::uintptr_t target, std::uintptr_t temperature, std::int64_t temperature_stride,
                               float scale, float cap) {
     if (rows < 0 || columns < 1 || row_stride < columns) {
-        throw std::invalid_argument("logits: expected rows >= 0, columns >= 1 and a row stride of at least the columns");
+        throw std::invalid_argument(
+            "logits: expected rows >= 0, columns >= 1 and a row stride of at least the columns");
     }
     return {pointer<float>(logits, "logits", rows == 0),
             row_stride,
@@ -69,7 +70,8 @@ void vocab_head_gradient(std::uintptr_t logits, std::int64_t row_stride, std::in
             throw std::invalid_argument("keep: expected rising row numbers below rows");
         }
     }
-    RLCORE_CALL(gradient, chunk, statistics_of(maximum, log_sum, maximum, entropy, rows), d, indices, kept, raw, threads);
+    RLCORE_CALL(gradient, chunk, statistics_of(maximum, log_sum, maximum, entropy, rows), d, indices, kept, raw,
+                threads);
 }
 
 py::dict features() {

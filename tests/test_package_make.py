@@ -29,7 +29,7 @@ def interpreter(tmp_path: Path, broken: str) -> str:
 
 def test_help_lists_the_commands() -> None:
     out = make("help").stdout
-    for target in "train test test-full test-peers bench bench-peers lint types clean help".split():
+    for target in ["train", "test", "test-full", "test-peers", "bench", "bench-peers", "lint", "types", "clean", "help"]:
         assert f"make {target} " in out
 
 
