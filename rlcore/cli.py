@@ -30,8 +30,8 @@ USAGE = """usage: rlcore COMMAND [OPTIONS]
 class Train(Config):
     """Train a language model by reinforcement learning.
 
-    Without options a small model learns sums of two numbers in a few minutes. Values come from the defaults, then from
-    a TOML file (--config, or the run's own on --resume), then from the command line.
+    Without options a small model learns sums and differences of two numbers in a few minutes. Values come from the
+    defaults, then from a TOML file (--config, or the run's own on --resume), then from the command line.
     """
 
     config: Path | None = None

@@ -79,8 +79,7 @@ def load(path: Path | str) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     path = Path(path).expanduser() if str(path).startswith("~") else path
-    if (str(path).startswith(("/", "./", "../")) or str(path).count("/") > 1) and not Path(path).is_dir():
-        raise UserError(f"model.path: there is no directory {str(path)!r}")
+    check_place(str(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         shape = AutoConfig.from_pretrained(path)
@@ -97,6 +96,27 @@ def load(path: Path | str) -> tuple[Any, Any]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def check_place(path: str) -> None:
+    """Raises UserError at once where there is no such directory, and no such model to download.
+
+    Loading itself would ask for every file again and again, a minute long, before it gave up.
+    """
+    if Path(path).is_dir():
+        return
+    if path.startswith(("/", ".")) or path.count("/") > 1:
+        raise UserError(f"model.path: there is no directory {path!r}")
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        if try_to_load_from_cache(path, "config.json") is None:
+            HfApi().model_info(path, timeout=10)
+    except Exception as error:  # the hub's, its HTTP client's and the operating system's have nothing in common
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.path: no directory {path!r}, and no such model on the Hugging Face hub: {reason}"
+        ) from None
 
 
 def load_or_make(config: Config, task: Task, device: torch.device, say: Callable[[str], None]) -> tuple[Any, Any]:

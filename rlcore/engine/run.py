@@ -40,7 +40,7 @@ class RunDirectory:
             raise UserError(f"{self.path} is in use by another process; choose another --name")
         if self.resume:
             self.compare()
-        elif (self.path / "config.toml").exists():
+        elif any((self.path / name).exists() for name in ("config.toml", "metrics.jsonl", "checkpoints")):
             raise UserError(f"{self.path} holds a run already; choose another --name, or go on with: {self.command}")
         else:
             self.write_config()

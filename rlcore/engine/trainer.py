@@ -151,7 +151,11 @@ def update(
 
 
 def trainer_logp(policy: Policy, rollout: Rollout, config: Config) -> Tensor:
-    """Log-probs [N] of the rollout's tokens under the policy before its update, as the trainer computes them."""
+    """Log-probs [N] of the rollout's tokens under the policy before its update, as the trainer computes them.
+
+    The sampler's own differ in the last digits (a KV cache, other shapes): ratios to these start at exactly 1, and the
+    difference is logged.
+    """
     G = config.rollout.samples
     parts = []
     for micro in rollout.batch.split(config.update.micro_tokens, by="group"):
@@ -173,7 +177,7 @@ def over_steps(steps: list[dict[str, Tensor]]) -> dict[str, float]:
 
 
 def summary(rollout: Rollout) -> dict[str, float]:
-    """What the answers of a step were like, means over all S of them."""
+    """What the answers of a step were like: means over all S of them, groups_without_signal over the P groups."""
     S = len(rollout.texts)
     in_group = rollout.reward.reshape(len(rollout.prompts), -1)
     return {
@@ -191,7 +195,10 @@ def token_count(rollout: Rollout) -> int:
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up over `warmup` steps, on a straight line to lr * final_lr at the last one. Steps count from 1."""
+    """The rate of a step, counted from 1: lr falls in a straight line to lr * final_lr at the last step.
+
+    Over the first `warmup` steps it is scaled by step / warmup.
+    """
     update = config.update
     rise = min(1.0, step / max(1, update.warmup))
     fall = 1 - (1 - update.final_lr) * (step - 1) / max(1, config.steps - 1)

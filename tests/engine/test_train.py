@@ -388,6 +388,11 @@ def test_two_runs_in_one_directory_are_refused(tiny):
         train(config, resume=True)
     with pytest.raises(UserError, match="--resume"):
         train(config)
+    other = tiny(name="other", steps=1)
+    train(other)
+    (path_of(other) / "config.toml").unlink()
+    with pytest.raises(UserError, match="holds a run already"):
+        train(other)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -416,6 +421,20 @@ def test_models_that_do_not_fit_are_refused(tiny, small, tmp_path, shape, named)
     config = tiny(model__path=str(tmp_path / "gpt2"), rollout__max_new_tokens=17)
     with pytest.raises(UserError, match=named):
         train(config)
+
+
+def test_a_model_that_is_nowhere_is_refused_at_once(tiny, monkeypatch):
+    """One question to the hub, not a minute of retries."""
+    import huggingface_hub
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no network\nmany lines")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"'nope'.*: no network$"):
+        train(tiny(model__path="nope"))
+    assert time.monotonic() - start < 20
 
 
 def test_a_warm_start_that_falls_short_says_so(tiny, tmp_path, capsys):
