@@ -7,6 +7,8 @@ files is not as it must be; 3 the machine could not write (disk full, read-only 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,9 @@ from pathlib import Path
 from rlcore.engine.config import Config, load_toml, validate
 from rlcore.engine.errors import Interrupted, SaveError, UserError
 
+PACKAGES = (
+    "transformers", "tokenizers", "safetensors", "reasoning_gym", "tyro", "rich", "tensorboard", "matplotlib",
+)  # fmt: skip
 USAGE = """usage: rlcore COMMAND [OPTIONS]
 
   train       train a language model by reinforcement learning; `rlcore train --help` lists all options
@@ -25,8 +30,8 @@ USAGE = """usage: rlcore COMMAND [OPTIONS]
 class Train(Config):
     """Train a language model by reinforcement learning.
 
-    Without options a small model learns sums of two numbers in a few minutes. Values come from the defaults, then from
-    a TOML file (--config, or the run's own on --resume), then from the command line.
+    Without options a small model learns sums and differences of two numbers in a few minutes. Values come from the
+    defaults, then from a TOML file (--config, or the run's own on --resume), then from the command line.
     """
 
     config: Path | None = None
@@ -61,7 +66,12 @@ def main(arguments: list[str] | None = None) -> int:
     except Interrupted as error:
         return stop(error, 130)
     except KeyboardInterrupt:
-        return stop("interrupted before the step was done; the last checkpoint is intact", 130)
+        return stop("interrupted", 130)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("rlcore"):
+            raise
+        needed = f"the package {error.name!r}, which is not installed" if error.name else f"more packages ({error})"
+        return stop(f"{command} needs {needed}; from a checkout of rlcore: pip install '.[train]'", 2)
     return 0
 
 
@@ -72,21 +82,27 @@ def stop(error: object, code: int) -> int:
 
 def train(arguments: list[str]) -> None:
     """`rlcore train`: the config from defaults, a TOML file and the command line, in this order of precedence."""
-    try:
-        import tyro
-    except ImportError:
-        raise UserError("training needs more packages; install them with: pip install 'rlcore[train]'") from None
+    # A package that only the end of a run uses is missed now, not then.
+    for package in PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(name=package)
+    import tyro
 
     defaults = Config()
     resume = value_of("--resume", arguments)
     if resume is not None:
-        if not (Path(resume) / "config.toml").is_file():
+        directory = Path(resume) if Path(resume).name not in ("", "..") else Path(resume).resolve()
+        if not (directory / "config.toml").is_file():
             raise UserError(f"--resume: {resume} is not the directory of a run (it has no config.toml)")
-        defaults = load_toml(Path(resume) / "config.toml", defaults)
+        stored = load_toml(directory / "config.toml", defaults)
+        defaults = dataclasses.replace(stored, dir=str(directory.parent), name=directory.name)
+    own = defaults.dir, defaults.name
     if (path := value_of("--config", arguments)) is not None:
         defaults = load_toml(Path(path), defaults)
     command = tyro.cli(Train, args=arguments, default=Train(**vars(defaults)), prog="rlcore train")
     config = validate(Config(**{item.name: getattr(command, item.name) for item in dataclasses.fields(Config)}))
+    if resume is not None and (config.dir, config.name) != own:
+        raise UserError(f"--resume: the run keeps its place {resume}; leave --dir and --name out")
 
     from transformers.utils import logging
 
@@ -94,10 +110,12 @@ def train(arguments: list[str]) -> None:
     from rlcore.engine.trainer import train as run_training
 
     logging.disable_progress_bar()
-    if command.resume is not None:
-        directory = command.resume.resolve()
-        config = dataclasses.replace(config, dir=str(directory.parent), name=directory.name)
-    run_training(name_run(config), resume=command.resume is not None)
+    # Before the first step it is like Ctrl-C; from then on the loop finishes the step that it is at.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run_training(name_run(config), resume=command.resume is not None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def value_of(flag: str, arguments: list[str]) -> str | None:

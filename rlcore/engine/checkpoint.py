@@ -3,8 +3,9 @@
     checkpoints/step-000100/ model/...  optimizer.safetensors  trainer.json  manifest.json
 
 Everything is written into a temporary directory beside the others, synced to the disk, and renamed. The manifest holds
-size and sha256 of every file; a directory that does not match it is never loaded. Model and tokenizer are in Hugging
-Face format, so `from_pretrained` loads a checkpoint's `model/` anywhere. Nothing is pickled.
+size and sha256 of every file; a directory that does not match it is never loaded, and a resumed run sets it aside.
+Model and tokenizer are in Hugging Face format, so `from_pretrained` loads a checkpoint's `model/` anywhere. Nothing is
+pickled.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def save(root: Path, step: int, model: Any, tokenizer: Any, optimizer: torch.opt
         (directory / "trainer.json").write_text(json.dumps({"version": VERSION, "step": step}) + "\n")
 
     write_directory(final, write)
-    for old in found(root)[:-keep]:
+    others = [path for path in found(root) if path != final]
+    for old in others[: max(0, len(others) - keep + 1)]:
         discard(old)
     return final
 
@@ -66,6 +68,22 @@ def load_latest(root: Path, say: Callable[[str], None]) -> Saved | None:
             return Saved(directory, state["step"])
         say(f"skipping {directory}: {problem}")
     return None
+
+
+def set_aside(root: Path, after: int) -> None:
+    """Renames the checkpoints of later steps than `after` to `*.damaged`: load_latest found them unusable.
+
+    Left where they are, they would count among those that are kept, in place of good ones.
+    """
+    for directory in found(root):
+        if step_of(directory) > after:
+            aside = directory.with_name(f"{directory.name}.damaged")
+            try:
+                if aside.exists():
+                    discard(aside)
+                os.replace(directory, aside)
+            except OSError as error:
+                raise SaveError(f"could not rename {directory}: {error.strerror}") from error
 
 
 def restore_optimizer(directory: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -151,8 +169,11 @@ def found(root: Path) -> list[Path]:
     """All checkpoint directories under `root`, oldest step first."""
     if not root.is_dir():
         return []
-    steps = [(int(match[1]), path) for path in root.iterdir() if (match := re.fullmatch(r"step-(\d+)", path.name))]
-    return [path for _, path in sorted(steps)]
+    return sorted((path for path in root.iterdir() if re.fullmatch(r"step-\d+", path.name)), key=step_of)
+
+
+def step_of(directory: Path) -> int:
+    return int(directory.name.removeprefix("step-"))
 
 
 def clean(root: Path) -> None:

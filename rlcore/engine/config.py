@@ -18,11 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlcore.engine.errors import UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from rlcore.methods import methods
 
 
 @dataclass
@@ -170,6 +166,10 @@ class Config:
 
 def validate(config: Config) -> Config:
     """Checks ranges and returns the config; raises UserError that names the key, what is expected and what came."""
+    if config.method not in methods():
+        raise UserError(f"method: unknown key {config.method!r}; there are {', '.join(methods())}")
+    if Path(config.name).name != config.name or config.name == "..":
+        raise UserError(f"name must be a plain name without directories, got {config.name!r}; they go into dir")
     at_least_one = (
         "steps checkpoint_every keep task.pool task.held_out model.hidden_size model.layers model.heads "
         "model.warm_batch rollout.prompts rollout.samples rollout.max_new_tokens update.epochs update.minibatches "
@@ -200,11 +200,21 @@ def validate(config: Config) -> Config:
         raise UserError("model.heads must be even and divide model.hidden_size")
     if config.update.minibatches > config.rollout.prompts:
         raise UserError("update.minibatches must not be more than rollout.prompts: minibatches hold whole groups")
+    if "groups" in methods()[config.method].needs and config.rollout.samples < 2:
+        raise UserError(
+            f"rollout.samples must be at least 2 for {config.method}, which compares the answers of a group, got "
+            f"{config.rollout.samples}"
+        )
     return config
 
 
 def load_toml(path: Path, default: Config | None = None) -> Config:
     """The config in a TOML file over `default`. Unknown keys and wrong types raise UserError: file, line and key."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -282,12 +292,22 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def to_toml(config: Config) -> str:
-    """The config as TOML text that `load_toml` reads back to an equal config; absent values are left out."""
+def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Old and new value of every key, dotted, in which two configs differ."""
+    before, after = flatten(old), flatten(new)
+    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+
+
+def to_toml(config: Config, leave_out: tuple[str, ...] = ()) -> str:
+    """The config as TOML text that `load_toml` reads back to an equal config; absent values are left out.
+
+    leave_out: top-level keys that are left out too.
+    """
     lines: list[str] = []
 
     def table(values: Any, name: str) -> None:
         items = {item.name: getattr(values, item.name) for item in dataclasses.fields(values)}
+        items = {key: value for key, value in items.items() if name or key not in leave_out}
         if name:
             lines.append(f"\n[{name}]")
         for key, value in items.items():

@@ -12,4 +12,4 @@ class SaveError(Exception):
 
 
 class Interrupted(Exception):
-    """Stopped by Ctrl-C or a termination signal, after saving a checkpoint. Exit code 130."""
+    """Stopped by Ctrl-C or a termination signal; the message says what is saved and how to go on. Exit code 130."""

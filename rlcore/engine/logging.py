@@ -40,11 +40,13 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.directory = directory
+        self.screen = Screen(first_step, steps)
         with self.writing():
+            if first_step == 0:
+                self.keep_old()
             self.metrics = cut(directory / "metrics.jsonl", first_step)
             self.samples = cut(directory / "samples.jsonl", first_step)
             self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
-        self.screen = Screen(first_step, steps)
         for record in read(directory / "metrics.jsonl"):
             self.screen.accuracy = record.get("eval/accuracy", self.screen.accuracy)
         self.drawn = time.monotonic()
@@ -66,6 +68,22 @@ class RunLog:
             yield
         except OSError as error:
             raise SaveError(f"could not write to {self.directory}: {error.strerror or error}") from error
+
+    def keep_old(self) -> None:
+        """Moves metrics and samples of steps whose checkpoints are all lost aside, before a new start cuts them off."""
+        last = max((record["step"] for record in read(self.directory / "metrics.jsonl")), default=0)
+        if last == 0:
+            return
+        number = 1
+        while (self.directory / f"metrics.jsonl.old{number}").exists():
+            number += 1
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            with suppress(FileNotFoundError):
+                os.replace(self.directory / name, self.directory / f"{name}.old{number}")
+        self.say(
+            f"{self.directory} has steps up to {last} but no usable checkpoint: starting again from step 0; "
+            f"its metrics and samples are kept as *.jsonl.old{number}"
+        )
 
     def say(self, message: str) -> None:
         """One line for the reader, above the progress bar."""
@@ -105,8 +123,11 @@ class RunLog:
     def conclude(self) -> None:
         """Draws the curves a last time and says what came of the run."""
         self.curves()
-        accuracy = [r["eval/accuracy"] for r in read(self.directory / "metrics.jsonl") if "eval/accuracy" in r]
-        self.say(f"held-out accuracy: {accuracy[0]:.1%} before, {accuracy[-1]:.1%} after")
+        records = read(self.directory / "metrics.jsonl")
+        accuracy = {r["step"]: r["eval/accuracy"] for r in records if "eval/accuracy" in r}
+        before = f"{accuracy[0]:.1%}" if 0 in accuracy else "unknown"
+        after = f"{accuracy[max(accuracy)]:.1%}" if accuracy else "unknown"
+        self.say(f"held-out accuracy: {before} before, {after} after")
         self.say(f"curves: {self.directory / 'curves.png'}")
 
     def curves(self) -> None:
@@ -157,7 +178,8 @@ class Screen:
         if "reward" not in record:
             return
         speed = record["time/tokens_per_s"]
-        line = f"reward {record['reward']:.3f}  held-out {self.accuracy:.1%}  {speed:,.0f} tokens/s"
+        accuracy = "unknown" if math.isnan(self.accuracy) else f"{self.accuracy:.1%}"
+        line = f"reward {record['reward']:.3f}  held-out {accuracy}  {speed:,.0f} tokens/s"
         if self.bar:
             self.bar.update(self.task, completed=step, description=line)
         elif step == self.steps or step % max(1, self.steps // 25) == 0:

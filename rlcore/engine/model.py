@@ -8,6 +8,7 @@ its sampled answers are right and reinforcement learning has something to amplif
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import string
 from collections.abc import Callable
@@ -74,12 +75,19 @@ def small_model(config: Config, vocabulary: int) -> Any:
 
 
 def load(path: Path | str) -> tuple[Any, Any]:
-    """Model (float32, evaluation mode: no dropout) and tokenizer from a directory or a Hugging Face id."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """Model (float32, evaluation mode, dropout set to 0) and tokenizer from a directory or a Hugging Face id."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    path = Path(path).expanduser() if str(path).startswith("~") else path
+    check_place(str(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        shape = AutoConfig.from_pretrained(path)
+        for part in (shape, shape.get_text_config()):
+            for name, value in vars(part).items():
+                if "drop" in name and isinstance(value, float):
+                    setattr(part, name, 0.0)
+        model = AutoModelForCausalLM.from_pretrained(path, config=shape, dtype=torch.float32)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model.path: no causal LM and tokenizer can be loaded from {str(path)!r}: {reason}") from None
@@ -88,6 +96,27 @@ def load(path: Path | str) -> tuple[Any, Any]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def check_place(path: str) -> None:
+    """Raises UserError at once where there is no such directory, and no such model to download.
+
+    Loading itself would ask for every file again and again, a minute long, before it gave up.
+    """
+    if Path(path).is_dir():
+        return
+    if path.startswith(("/", ".")) or path.count("/") > 1:
+        raise UserError(f"model.path: there is no directory {path!r}")
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        if try_to_load_from_cache(path, "config.json") is None:
+            HfApi().model_info(path, timeout=10)
+    except Exception as error:  # the hub's, its HTTP client's and the operating system's have nothing in common
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.path: no directory {path!r}, and no such model on the Hugging Face hub: {reason}"
+        ) from None
 
 
 def load_or_make(config: Config, task: Task, device: torch.device, say: Callable[[str], None]) -> tuple[Any, Any]:
@@ -106,6 +135,7 @@ def load_or_make(config: Config, task: Task, device: torch.device, say: Callable
     say("making a small model: supervised steps on training questions until some of its answers are right")
     tokenizer = character_tokenizer()
     model = small_model(config, len(tokenizer)).to(device).eval()
+    check_fit(model, tokenizer, task, config.rollout.max_new_tokens)
     warm_start(model, tokenizer, task, config, say)
     try:
         write_directory(directory, lambda temporary: save_model(temporary, model, tokenizer))
@@ -117,11 +147,26 @@ def load_or_make(config: Config, task: Task, device: torch.device, say: Callable
     return model.to(device), tokenizer
 
 
+def check_fit(model: Any, tokenizer: Any, task: Task, answer_length: int) -> None:
+    """Raises UserError where prompt and answer are longer than the model's context, or tokens have no embedding."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(f"model.path: the tokenizer has {len(tokenizer)} tokens, the model embeddings for {rows}")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    prompt = max(map(len, encode(tokenizer, [problem.prompt for problem in task.train + task.held_out])))
+    if context is not None and prompt + answer_length > context:
+        raise UserError(
+            f"the longest prompt has {prompt} tokens and an answer up to {answer_length}: {prompt + answer_length} "
+            f"together, but the model's context is {context}; lower rollout.max_new_tokens or choose another model"
+        )
+
+
 def fingerprint(config: Config, device: torch.device) -> str:
     """A name for the warm start of a config: equal where all that it depends on is equal."""
     model = {k: v for k, v in asdict(config.model).items() if k not in ("path", "cache")}
     task = {k: v for k, v in asdict(config.task).items() if k not in ("held_out", "partial_credit")}
-    parts = [rl.__version__, RECIPE, config.seed, model, task, device.type, torch.get_num_threads()]
+    versions = [rl.__version__, torch.__version__, *map(importlib.metadata.version, ("reasoning-gym", "transformers"))]
+    parts = [versions, RECIPE, config.seed, model, task, config.update.layout, device.type, torch.get_num_threads()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -130,20 +175,27 @@ def warm_start(model: Any, tokenizer: Any, task: Task, config: Config, say: Call
 
     Minimizes the negative log-likelihood of the reference answers, the library's policy loss with ratio "none" and
     advantage 1. The probability of a whole reference answer, exp(sum of its log-probs), is the expected accuracy at
-    temperature 1; it is measured every ten steps on the problems that come next.
+    temperature 1; it is measured every ten steps, and after the last, on the problems that come next.
     """
     settings = config.model
     policy = Policy(model, tokenizer.pad_token_id, config.update.layout)
     likelihood = rl.Objective(ratio="none", surrogate="reinforce", aggregate="token_mean")
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.warm_lr, betas=(0.9, 0.99), weight_decay=0.0)
-    for step in range(settings.warm_steps):
+    for step in range(settings.warm_steps + 1):
+        last = step == settings.warm_steps
         prompts, answers, batch = supervised(tokenizer, task, step, config, policy.device)
-        if step % CHECK_EVERY == 0:
+        if step % CHECK_EVERY == 0 or last:
             logp = policy.logp(prompts, answers, batch)
             accuracy = rl.segment_sum(logp, offsets=batch.offsets).exp().mean().item()
             if step % (5 * CHECK_EVERY) == 0 or accuracy >= settings.warm_accuracy:
                 say(f"warm start: step {step}, expected accuracy {accuracy:.1%} of {settings.warm_accuracy:.0%}")
             if accuracy >= settings.warm_accuracy:
+                return
+            if last:
+                say(
+                    f"warm start: stopped at {step} steps with {accuracy:.1%}, target {settings.warm_accuracy:.0%}; "
+                    "model.warm_steps allows no more"
+                )
                 return
         optimizer.param_groups[0]["lr"] = settings.warm_lr * min(1.0, (step + 1) / 20)
         loss, _ = policy.loss(prompts, answers, batch, likelihood)

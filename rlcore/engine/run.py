@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
-from rlcore.engine.config import Config, to_toml
-from rlcore.engine.errors import SaveError, UserError
+from rlcore.engine.checkpoint import found
+from rlcore.engine.config import Config, changes, load_toml, to_toml
+from rlcore.engine.errors import Interrupted, SaveError, UserError
+
+# What a run is: with another value it would be another run, not the rest of this one.
+FIXED = ("seed", "model.", "task.")
 
 
 class RunDirectory:
@@ -17,6 +23,7 @@ class RunDirectory:
 
     def __init__(self, path: Path, config: Config, resume: bool) -> None:
         self.path, self.config, self.resume = path, config, resume
+        self.changes: dict[str, tuple[Any, Any]] = {}
         self._lock: Any = None
 
     def __enter__(self) -> RunDirectory:
@@ -25,21 +32,60 @@ class RunDirectory:
             self._lock = (self.path / ".lock").open("a+")
         except OSError as error:
             raise SaveError(f"cannot write to {self.path}: {error.strerror}") from None
-        if not lock(self._lock):
+        try:
+            locked = lock(self._lock)
+        except OSError as error:
+            raise SaveError(f"cannot lock {self.path / '.lock'}: {error.strerror}") from None
+        if not locked:
             raise UserError(f"{self.path} is in use by another process; choose another --name")
-        if not self.resume and (self.path / "config.toml").exists():
-            raise UserError(
-                f"{self.path} holds a run already; choose another --name, or go on with: "
-                f"rlcore train --resume {self.path}"
-            )
-        self.write("config.toml", to_toml(self.config))
+        if self.resume:
+            self.compare()
+        elif any((self.path / name).exists() for name in ("config.toml", "metrics.jsonl", "checkpoints")):
+            raise UserError(f"{self.path} holds a run already; choose another --name, or go on with: {self.command}")
+        else:
+            self.write_config()
         return self
 
     def __exit__(self, kind: type | None, *exception: Any) -> None:
         # A run that a mistake in the config kept from starting does not take the name from the corrected one.
-        if kind is UserError and not (self.path / "metrics.jsonl").exists():
+        if kind is UserError and not self.resume and not (self.path / "metrics.jsonl").exists():
             (self.path / "config.toml").unlink(missing_ok=True)
         self._lock.close()
+        if kind is KeyboardInterrupt:
+            saved = found(self.checkpoints)
+            state = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+            raise Interrupted(f"Stopped at once; {state}. Go on with: {self.command}") from None
+
+    def compare(self) -> None:
+        """Notes in what the config differs from the run's own; refuses what would make it another run."""
+        if not (self.path / "config.toml").exists():
+            return self.write_config()
+        stored = load_toml(self.path / "config.toml")
+        self.changes = changes(dataclasses.replace(stored, name=self.config.name, dir=self.config.dir), self.config)
+        fixed = [key for key in self.changes if key.startswith(FIXED) and key != "model.cache"]
+        if fixed:
+            raise UserError(
+                f"a resumed run keeps its seed, model and task; choose another --name for {self.told(fixed)}"
+            )
+        return None
+
+    def accept(self) -> None:
+        """Makes a changed config that of the run, once task, model and optimizer could be made from it."""
+        if self.changes:
+            print(f"resumed with changes: {self.told(list(self.changes))}")
+            self.write_config()
+
+    def told(self, keys: list[str]) -> str:
+        return ", ".join(f"{key} {self.changes[key][0]!r} -> {self.changes[key][1]!r}" for key in keys)
+
+    def write_config(self) -> None:
+        """config.toml, without name and place, so that it serves other runs and a directory that was moved."""
+        self.write("config.toml", to_toml(self.config, leave_out=("name", "dir")))
+
+    @property
+    def command(self) -> str:
+        """The command that goes on with the run."""
+        return f"rlcore train --resume {shlex.quote(str(self.path))}"
 
     @property
     def checkpoints(self) -> Path:
@@ -60,14 +106,16 @@ class RunDirectory:
 
 
 def lock(file: Any) -> bool:
-    """Takes an exclusive lock on an open file; False where another process has it."""
+    """Takes an exclusive lock on an open file; False where another process has it, OSError where locks do not work."""
     try:
         import fcntl
     except ImportError:  # Windows: no lock, the check for an existing run remains
         return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+            raise
         return False
     return True
 

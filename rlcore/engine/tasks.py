@@ -40,6 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # The sentence around chain_sum's expression never changes; without it the small model learns about twice as fast.
 TEMPLATES = {"chain_sum": "{expression} ="}
+NAME = re.compile(r"\{(\w+)\}")
 
 
 class Task:
@@ -59,6 +60,10 @@ class Task:
             raise UserError(f"task.options do not fit the task {config.name!r}: {error}") from None
         self.name, self.partial_credit = config.name, config.partial_credit
         template = config.template or TEMPLATES.get(config.name, "{question}\n")
+        known = {"question", *self.dataset[0]["metadata"]}
+        if not known & set(NAME.findall(template)):
+            there = ", ".join(f"{{{name}}}" for name in sorted(known))
+            raise UserError(f"task.template: {template!r} shows nothing of a problem; there are {there}")
         self.train: list[Problem] = []
         self.held_out: list[Problem] = []
         seen: set[str] = set()
@@ -99,7 +104,7 @@ class Task:
 def render(template: str, entry: dict[str, Any]) -> str:
     """The prompt of an entry: {question}, and {name} for every name in its metadata; other braces stay as they are."""
     values = {**entry["metadata"], "question": entry["question"]}
-    return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), template)
+    return NAME.sub(lambda match: str(values.get(match[1], match[0])), template)
 
 
 def literal(text: str) -> Any:

@@ -25,11 +25,11 @@ from torch import Tensor
 
 import rlcore as rl
 from rlcore.engine import checkpoint
-from rlcore.engine.config import Config
+from rlcore.engine.config import Config, validate
 from rlcore.engine.errors import Interrupted, UserError
 from rlcore.engine.evaluate import evaluate
 from rlcore.engine.logging import RunLog
-from rlcore.engine.model import load, load_or_make
+from rlcore.engine.model import check_fit, load, load_or_make
 from rlcore.engine.policy import Policy
 from rlcore.engine.rollout import Rollout, roll_out, take
 from rlcore.engine.run import RunDirectory
@@ -42,20 +42,19 @@ def train(config: Config, resume: bool = False) -> None:
 
     Raises UserError, SaveError or Interrupted, whose messages are meant for the user.
     """
-    if config.method not in rl.methods():
-        raise UserError(f"method: unknown key {config.method!r}; there are {', '.join(rl.methods())}")
-    method = rl.methods()[config.method]
+    method = rl.methods()[validate(config).method]
     device = choose_device(config)
     with RunDirectory(Path(config.dir) / config.name, config, resume) as run, repeatable(config):
         task = Task(config.task)
         checkpoint.clean(run.checkpoints)
         saved = checkpoint.load_latest(run.checkpoints, print) if resume else None
+        first_step = 0 if saved is None else saved.step + 1
+        checkpoint.set_aside(run.checkpoints, after=first_step - 1)
         if saved is None:
-            first_step = 0
             model, tokenizer = load_or_make(config, task, device, print)
         else:
-            first_step = saved.step + 1
             model, tokenizer = load(saved.path / "model")
+        check_fit(model, tokenizer, task, config.rollout.max_new_tokens)
         policy = Policy(model.to(device), tokenizer.pad_token_id, config.update.layout, config.rollout.temperature)
         optimizer = torch.optim.AdamW(
             model.parameters(),
@@ -66,6 +65,7 @@ def train(config: Config, resume: bool = False) -> None:
         if saved is not None:
             checkpoint.restore_optimizer(saved.path, model, optimizer)
         objective = method.objective(**clip_bounds(config, method.structure))
+        run.accept()
 
         with RunLog(run.path, first_step, config.steps) as log, StopSignal() as stop:
             log.say(introduction(config, policy, task, run, first_step))
@@ -95,12 +95,13 @@ def train(config: Config, resume: bool = False) -> None:
                     record["time/eval"] = time.perf_counter() - start
                 log.step(step, record)
 
-                if is_due(step, config.checkpoint_every, config.steps) or step == 0 or stop.requested:
+                stopping = stop.requested and step < config.steps
+                if is_due(step, config.checkpoint_every, config.steps) or step == 0 or stopping:
                     log.sync()
                     checkpoint.save(run.checkpoints, step, model, tokenizer, optimizer, config.keep)
-                if stop.requested and step < config.steps:
+                if stopping:
                     log.curves()
-                    raise Interrupted(f"Stopped after step {step}. Go on with: rlcore train --resume {run.path}")
+                    raise Interrupted(f"Stopped after step {step}. Go on with: {run.command}")
             log.conclude()
 
 
@@ -133,7 +134,7 @@ def update(
                 prompts, responses = [rollout.prompts[g] for g in own], [rollout.responses[g] for g in own]
                 loss, metrics = policy.loss(prompts, responses, micro, objective)
                 loss.backward()
-                parts.append({"loss": loss.detach(), **metrics})
+                parts.append(metrics)
             norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.update.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -141,7 +142,7 @@ def update(
 
     mismatch = (old_logp - rollout.model_logp).abs()
     return {
-        **{f"policy/{key}": over_steps(key, [s[key] for s in steps]) for key in steps[0]},
+        **{f"policy/{key}": value for key, value in over_steps(steps).items()},
         "mismatch_max": mismatch.max().item(),
         "mismatch_mean": mismatch.mean().item(),
         "lr": optimizer.param_groups[0]["lr"],
@@ -150,7 +151,11 @@ def update(
 
 
 def trainer_logp(policy: Policy, rollout: Rollout, config: Config) -> Tensor:
-    """Log-probs [N] of the rollout's tokens under the policy before its update, as the trainer computes them."""
+    """Log-probs [N] of the rollout's tokens under the policy before its update, as the trainer computes them.
+
+    The sampler's own differ in the last digits (a KV cache, other shapes): ratios to these start at exactly 1, and the
+    difference is logged.
+    """
     G = config.rollout.samples
     parts = []
     for micro in rollout.batch.split(config.update.micro_tokens, by="group"):
@@ -160,15 +165,19 @@ def trainer_logp(policy: Policy, rollout: Rollout, config: Config) -> Tensor:
     return torch.cat(parts)
 
 
-def over_steps(name: str, values: list[Tensor]) -> float:
-    """One number for several optimizer steps: the largest of a maximum, the smallest of a minimum, else the mean."""
-    stacked = torch.stack(values).float()
-    reduced = stacked.amax() if name.endswith("_max") else stacked.amin() if name.endswith("_min") else stacked.mean()
-    return reduced.item()
+def over_steps(steps: list[dict[str, Tensor]]) -> dict[str, float]:
+    """The metrics of several optimizer steps: counts and extremes merged as everywhere, of all others the mean."""
+    merged = rl.merge_metrics(steps)
+    if not {"kl_loss", "entropy_loss"} & merged.keys():
+        merged.pop("policy_loss", None)  # the loss itself
+    for internal in ("weight_sum", "weight_sq_sum"):
+        merged.pop(internal, None)
+    whole = ("tokens", "ess", "_min", "_max")
+    return {key: (x if key.endswith(whole) else x / len(steps)).item() for key, x in merged.items()}
 
 
 def summary(rollout: Rollout) -> dict[str, float]:
-    """What the answers of a step were like, means over all S of them."""
+    """What the answers of a step were like: means over all S of them, groups_without_signal over the P groups."""
     S = len(rollout.texts)
     in_group = rollout.reward.reshape(len(rollout.prompts), -1)
     return {
@@ -186,7 +195,10 @@ def token_count(rollout: Rollout) -> int:
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up over `warmup` steps, on a straight line to lr * final_lr at the last one. Steps count from 1."""
+    """The rate of a step, counted from 1: lr falls in a straight line to lr * final_lr at the last step.
+
+    Over the first `warmup` steps it is scaled by step / warmup.
+    """
     update = config.update
     rise = min(1.0, step / max(1, update.warmup))
     fall = 1 - (1 - update.final_lr) * (step - 1) / max(1, config.steps - 1)
@@ -212,7 +224,8 @@ def choose_device(config: Config) -> torch.device:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {name!r} can not be used: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise UserError(f"device: {name!r} can not be used: {reason}") from None
     return torch.device(name)
 
 
@@ -222,8 +235,9 @@ def introduction(config: Config, policy: Policy, task: Task, run: RunDirectory, 
     layout = "prefix trees and the folded head" if policy.layout == "tree" else "plain padded batches"
     if policy.why_padded:
         layout += f", because prefix trees are not exact for this model: {policy.why_padded}"
+    span = f"from step {first_step} to {config.steps}" if first_step <= config.steps else "finished already"
     return (
-        f"{run.path}: {config.method} on {task.name}, seed {config.seed}, from step {first_step} to {config.steps}\n"
+        f"{run.path}: {config.method} on {task.name}, seed {config.seed}, {span}\n"
         f"{type(policy.model).__name__}, {size / 1e6:.2f}M parameters on {policy.device}; updates through {layout}\n"
         f"{len(task.train)} training and {len(task.held_out)} held-out problems; "
         f"{config.rollout.prompts} x {config.rollout.samples} answers per step"

@@ -61,6 +61,20 @@ def test_only_the_last_are_kept(tmp_path, trained):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_the_one_just_written_is_always_kept(tmp_path, trained):
+    """A damaged checkpoint of a later step neither takes its place nor, once set aside, counts at all."""
+    (save_at(tmp_path, 40, trained) / "manifest.json").unlink()
+    for step in (10, 20):
+        save_at(tmp_path, step, trained, keep=1)
+        assert load_latest(tmp_path, lambda _: None).step == step
+    (save_at(tmp_path, 40, trained, keep=2) / "manifest.json").unlink()
+    for _ in range(2):
+        checkpoint.set_aside(tmp_path, after=20)
+        assert load_latest(tmp_path, pytest.fail).step == 20
+        assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000020", "step-000040.damaged"]
+        (tmp_path / "step-000040").mkdir()
+
+
 def test_cut_short_checkpoints_are_passed_over(tmp_path, trained):
     """Every file, at several lengths: the damage is seen, named, and the checkpoint before is taken."""
     save_at(tmp_path, 1, trained)

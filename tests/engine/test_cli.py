@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -39,6 +40,13 @@ def test_user_mistakes(capsys, tiny, tmp_path):
     assert "chain_sum" in fails(capsys, *at, "--task.name", "chainsum", "--name", "a")
     assert "model.path" in fails(capsys, *at, "--model.path", str(tmp_path / "no-model"), "--name", "b")
     assert "device" in fails(capsys, *at, "--device", "cuda:99", "--name", "c")
+    assert len(fails(capsys, *at, "--device", "mps", "--name", "c")) < 300
+    assert "there is no directory" in fails(capsys, *at, "--model.path", "/nope/model", "--name", "d")
+    assert "{question}" in fails(capsys, *at, "--task.template", "{foo}", "--name", "e")
+    assert "plain name" in fails(capsys, *at, "--name", "../../escape")
+    for method in ("grpo", "rloo"):
+        assert "rollout.samples" in fails(capsys, *at, "--method", method, "--rollout.samples", "1")
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").glob("*/config.toml"))
 
 
 def test_a_mistake_does_not_take_the_name(capsys, tmp_path):
@@ -94,6 +102,70 @@ def test_precedence(tiny, tmp_path, monkeypatch):
     again, resume = runs[1]
     assert (again.steps, again.seed, again.update.lr, resume) == (50, 9, 0.5, True)
     assert Path(again.dir) / again.name == stored
+    monkeypatch.chdir(stored)
+    assert main(["train", "--resume", "."]) == 0
+    assert Path(runs[2][0].dir) / runs[2][0].name == stored
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--resume", "runs/old"]) == 0
+    assert (runs[3][0].dir, runs[3][0].name) == ("runs", "old")
+
+
+def test_a_stored_config_serves_another_run(tiny, tmp_path, monkeypatch):
+    """runs/NAME/config.toml as --config: a name and a place of its own."""
+    from rlcore.engine import trainer
+    from rlcore.engine.run import RunDirectory
+
+    runs: list[Config] = []
+    monkeypatch.setattr(trainer, "train", lambda config, resume: runs.append(config))
+    first = tiny(name="first")
+    with RunDirectory(tmp_path / "first", first, resume=False):
+        pass
+    assert main(["train", "--config", str(tmp_path / "first" / "config.toml")]) == 0
+    assert runs[0].name.startswith("chain_sum-grpo-seed0") and runs[0].dir == "runs"
+    assert dataclasses.replace(runs[0], name=first.name, dir=first.dir) == first
+
+
+def test_a_run_keeps_its_place(capsys, tiny, tmp_path):
+    config = tiny(name="old")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.toml").write_text(to_toml(config))
+    for flag in ("--name", "--dir"):
+        assert "leave --dir and --name out" in fails(capsys, "--resume", str(tmp_path / "old"), flag, "other")
+
+
+@pytest.mark.parametrize("package", ["tyro", "matplotlib", "reasoning_gym"])
+def test_missing_packages_are_named(capsys, monkeypatch, package):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
+    message = fails(capsys)
+    assert repr(package) in message and "pip install '.[train]'" in message
+
+
+def test_the_command_needs_torch_and_numpy_alone():
+    """`rlcore --version` where nothing of the training extra is installed, nor a TOML reader."""
+    code = (
+        "import sys\n"
+        "for name in 'tyro transformers reasoning_gym rich tomli tomllib matplotlib safetensors'.split():\n"
+        "    sys.modules[name] = None\n"
+        "from rlcore.cli import main\n"
+        "sys.exit(main(['--version']) + main(['backends']))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment())
+
+
+def test_termination_in_the_warm_start(tiny, tmp_path):
+    config = tiny(model__warm_steps=100_000, model__warm_accuracy=1.0, model__cache=str(tmp_path / "cache"))
+    process = subprocess.Popen(
+        arguments(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    assert process.stdout is not None
+    assert any("warm start: step 0" in line for line in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert "no checkpoint yet" in error and f"rlcore train --resume {tmp_path / 'run'}" in error
 
 
 def arguments(config: Config) -> list[str]:
@@ -149,4 +221,5 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
     assert f"rlcore train --resume {tmp_path / 'run'}" in error and "Traceback" not in error
     step = read(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
     assert found(tmp_path / "run" / "checkpoints")[-1].name == f"step-{step:06d}"
-    assert load_toml(tmp_path / "run" / "config.toml") == config
+    stored = load_toml(tmp_path / "run" / "config.toml", Config(name=config.name, dir=config.dir))
+    assert stored == config

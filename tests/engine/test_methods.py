@@ -73,7 +73,6 @@ def test_a_missing_group_is_named(key):
         methods()[key].advantage(torch.ones(2), TokenBatch(torch.zeros(2, dtype=torch.int64), torch.tensor([0, 1, 2])))
 
 
-
 def test_entries():
     for key, method in methods().items():
         assert method.key == key and method.state == "runs" and method.formula and method.paper and method.title
