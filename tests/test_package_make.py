@@ -29,7 +29,8 @@ def interpreter(tmp_path: Path, broken: str) -> str:
 
 def test_help_lists_the_commands() -> None:
     out = make("help").stdout
-    for target in ["train", "test", "test-full", "test-peers", "bench", "bench-peers", "lint", "types", "clean", "help"]:
+    targets = ["train", "test", "test-full", "test-peers", "bench", "bench-peers", "lint", "types", "clean", "help"]
+    for target in targets:
         assert f"make {target} " in out
 
 
