@@ -73,4 +73,4 @@ def test_plain_lines_elsewhere(monkeypatch, capsys):
     for step in range(1, 11):
         screen.step(step, {"reward": 0.5, "time/tokens_per_s": 10.0})
     out = capsys.readouterr().out
-    assert out.count("\n") == 10 and "step 10/10" in out and "s left" in out
+    assert out.count("\n") == 10 and "step 10/10" in out and "s left" in out and "held-out unknown" in out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -393,6 +394,18 @@ def test_two_runs_in_one_directory_are_refused(tiny):
     (path_of(other) / "config.toml").unlink()
     with pytest.raises(UserError, match="holds a run already"):
         train(other)
+
+
+def test_where_locks_do_not_work(tiny, monkeypatch):
+    """Not every refusal of a lock is another process."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(SaveError, match="No locks available"):
+        train(tiny())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
