@@ -365,3 +365,14 @@ def test_aot_eager_gradients():
     expected = torch.autograd.grad(eager, (logp, entropy))
     for got, want in zip(torch.autograd.grad(loss, (logp, entropy)), expected, strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("x", [-12.0, -7.0, 7.0, 12.0, 19.0])
+def test_kl_far_from_the_reference(x):
+    """The bound on log-ratios is 20: nothing nearer is cut."""
+    batch = rl.TokenBatch(torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1]), advantage=torch.zeros(1).double(),
+                          ref_logp=torch.zeros(1).double())  # fmt: skip
+    for estimator in ("k1", "k2", "k3"):
+        logp = torch.full((1,), x, dtype=torch.float64, requires_grad=True)
+        loss, _ = rl.policy_loss(logp, batch, rl.Objective(ratio="none", kl=rl.KL(estimator, 1.0)))
+        assert loss.item() == pytest.approx(oracle.kl(estimator, x), rel=1e-12)

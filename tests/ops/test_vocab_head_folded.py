@@ -397,3 +397,14 @@ def test_same_tensor_in_two_fields():
     copied = replace(batch, rollout_logp=batch.old_logp.clone(), ref_logp=batch.old_logp.clone())
     objective = Objective(correction=TIS(), kl=KL())
     assert_same(run(case, shared, objective), run(case, copied, objective))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradients_that_come_in_on_masked_rows_are_not_read(frozen):
+    hidden = torch.randn(6, 8, requires_grad=True)
+    weight = torch.randn(11, 8, requires_grad=not frozen)
+    mask = torch.tensor([1, 0, 1, 1, 0, 1]).bool()
+    logp = rl.linear_logprob(hidden, weight, torch.arange(6), mask=mask).logp
+    clean = torch.autograd.grad(logp, hidden, mask.float(), retain_graph=True)[0]
+    dirty = torch.autograd.grad(logp, hidden, torch.where(mask, 1.0, torch.nan))[0]
+    assert torch.equal(clean, dirty) and not dirty[~mask].any()
