@@ -58,10 +58,6 @@ class RowStatistics(NamedTuple):
     logp: Tensor
     entropy: Tensor  # zeros unless asked for
 
-    @property
-    def lse(self) -> Tensor:
-        return self.maximum + self.log_sum
-
     def of(self, rows: Rows) -> RowStatistics:
         return RowStatistics(*(x[rows] for x in self))
 

@@ -30,6 +30,7 @@ from rlcore.algorithms.vocab_head_inputs import (
 )
 from rlcore.layout import TokenBatch
 from rlcore.ops import backend
+from rlcore.ops.policy_loss import distinct, wants_gradient
 from rlcore.ops.vocab_head_autograd import FrozenLogprob, LinearLogprob, LinearPolicyLoss, Logprob
 
 __all__ = ["LogProbs", "linear_logprob", "linear_policy_loss", "logprob"]
@@ -134,19 +135,3 @@ def linear_policy_loss(
     )  # fmt: skip
     names = metric_names(batch, objective, entropy=True)
     return loss, dict(zip(names, values.unbind(), strict=True))
-
-
-def wants_gradient(x: Tensor | None) -> bool:
-    return x is not None and x.requires_grad and torch.is_grad_enabled()
-
-
-def distinct(tensors: list[Tensor | None]) -> tuple[list[Tensor | None], tuple[int, ...]]:
-    """The tensors without repetition and the place of each among them: compiled code takes no tensor twice."""
-    unique: list[Tensor | None] = []
-    places = []
-    for x in tensors:
-        place = next((i for i, seen in enumerate(unique) if seen is x), len(unique))
-        if place == len(unique):
-            unique.append(x)
-        places.append(place)
-    return unique, tuple(places)
