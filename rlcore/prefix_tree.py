@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -114,42 +115,29 @@ class PrefixTree:
         """
         if not len(paths):
             raise ValueError("paths: expected at least one path, got none")
-        tokens = [_ids(path, f"paths[{s}]") for s, path in enumerate(paths)]
-        for s, path in enumerate(tokens):
-            if not len(path):
-                raise ValueError(f"paths[{s}]: expected at least one token, got an empty path")
-        order = sorted(range(len(tokens)), key=lambda s: tokens[s].tolist())
-        rows_of: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(tokens)
-        ids: list[np.ndarray] = []
-        position: list[np.ndarray] = []
-        end = np.zeros(sum(len(path) for path in tokens), dtype=np.int64)
-        cursor = 0
-        rows = path = np.empty(0, dtype=np.int64)
-        for s in order:
-            shared = min(len(path), len(tokens[s]))
-            differs = np.flatnonzero(path[:shared] != tokens[s][:shared])
-            shared = int(differs[0]) if len(differs) else shared
-            # A path that merely repeats the beginning of the open one closes nothing: the longer one stays open.
-            if shared < len(tokens[s]):
-                end[rows[shared:]] = cursor
-                fresh = np.arange(cursor, cursor + len(tokens[s]) - shared)
-                ids.append(tokens[s][shared:])
-                position.append(np.arange(shared, len(tokens[s])))
-                rows = np.concatenate([rows[:shared], fresh])
-                path = tokens[s]
-                cursor += len(fresh)
-            rows_of[s] = rows[: len(tokens[s])]
-        end[rows] = cursor
+        tokens, lengths = _flat_ids(paths, "paths")
+        if not lengths.all():
+            raise ValueError(f"paths[{int(lengths.argmin())}]: expected at least one token, got an empty path")
+        starts = np.cumsum(lengths) - lengths
+        order = _lexicographic(tokens, starts, lengths)
+        # Everything below walks the paths' tokens in sorted order; `at` is where each of them stands in `tokens`.
+        at, depth = _ranges(starts[order], lengths[order]), _ranges(0, lengths[order])
+        fresh, row = _trie_rows(tokens[at], depth, lengths[order])
+        end = np.empty(int(fresh.sum()), dtype=np.int64)
+        # The paths through a row are neighbours; the last of them ends last, and of equal indices the last is kept.
+        end[row] = np.repeat(row[np.cumsum(lengths[order]) - 1] + 1, lengths[order])
+        row_of = np.empty_like(row)
+        row_of[at] = row
         firsts: dict[int, int] = {}
-        group = [firsts.setdefault(int(p[0]), len(firsts)) for p in tokens]
+        predicted = _ranges(starts + 1, lengths - 1)
         return _assemble(
-            ids,
-            position,
-            [end[:cursor]],
-            [p[1:] for p in tokens],
-            [rows[:-1] for rows in rows_of],
-            [len(p) - 1 for p in tokens],
-            group,
+            [tokens[at[fresh]]],
+            [depth[fresh]],
+            [end],
+            [tokens[predicted]],
+            [row_of[predicted - 1]],
+            lengths - 1,
+            [firsts.setdefault(first, len(firsts)) for first in tokens[starts].tolist()],
             device,
         )
 
@@ -194,18 +182,59 @@ class PrefixTree:
         return TreeStats(before, self.M, before / self.M, pairs / float((self.position.double() + 1).sum()))
 
 
-def node_table(position: np.ndarray, end: np.ndarray) -> np.ndarray:
+def node_table(end: np.ndarray) -> np.ndarray:
     """[K, 4] (start, stop, end, parent) of the runs of one `end`: a row and its only child share it, no others do."""
     start = np.flatnonzero(np.r_[True, end[1:] != end[:-1]])
-    stop = np.r_[start[1:], len(end)]
-    parent = np.full(len(start), -1)
-    open_nodes: list[int] = []
-    for k, row in enumerate(start.tolist()):
-        while open_nodes and end[start[open_nodes[-1]]] <= row:
+    stop, last = np.r_[start[1:], len(end)], end[start]
+    parent: list[int] = []
+    open_nodes: list[tuple[int, int]] = [(-1, len(end) + 1)]
+    for k, (row, below) in enumerate(zip(start.tolist(), last.tolist(), strict=True)):
+        while open_nodes[-1][1] <= row:
             open_nodes.pop()
-        parent[k] = open_nodes[-1] if open_nodes else -1
-        open_nodes.append(k)
-    return np.stack([start, stop, end[start], parent], axis=1)
+        parent.append(open_nodes[-1][0])
+        open_nodes.append((k, below))
+    return np.stack([start, stop, last, np.asarray(parent)], axis=1)
+
+
+def _ranges(starts: np.ndarray | int, lengths: np.ndarray) -> np.ndarray:
+    """starts[s], starts[s] + 1, ... (lengths[s] of them) for every s, one after the other."""
+    shift = starts - (np.cumsum(lengths) - lengths)
+    return np.repeat(shift, lengths) + np.arange(int(lengths.sum()))
+
+
+def _lexicographic(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The stable order of the paths. As unsigned big-endian bytes they compare by memcmp, which beats lists by far."""
+    keys = (tokens.view(np.uint64) ^ np.uint64(1 << 63)).astype(">u8").tobytes()
+    slices = [keys[8 * a : 8 * b] for a, b in zip(starts.tolist(), (starts + lengths).tolist(), strict=True)]
+    return np.asarray(sorted(range(len(slices)), key=slices.__getitem__))
+
+
+def _trie_rows(tokens: np.ndarray, depth: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(fresh, row) of every token of the sorted paths: whether the path before lacks it, and its packed row."""
+    before = np.repeat(np.r_[0, lengths[:-1]], lengths)
+    differs = (depth >= before) | (tokens != tokens[np.arange(len(tokens)) - before])
+    shared = np.minimum.reduceat(np.where(differs, depth, len(tokens)), np.cumsum(lengths) - lengths)
+    fresh = depth >= np.repeat(shared, lengths)
+    row = (np.cumsum(fresh) - 1) * fresh
+    # A shared token has the row of the path before. At one depth rows rise along the sorted paths, so a running maximum
+    # fills them in; a lift of depth * M keeps the depths apart. NumPy sorts 16-bit keys by radix, in linear time.
+    column = np.argsort(depth.astype(np.min_scalar_type(int(depth.max()))), kind="stable")
+    lift = depth[column] * int(fresh.sum())
+    row[column] = np.maximum.accumulate(row[column] + lift) - lift
+    return fresh, row
+
+
+def _flat_ids(paths: Sequence[Tokens], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of all paths one after the other, and their lengths."""
+    if all(type(path) is list for path in paths):
+        try:
+            values = np.asarray(list(chain.from_iterable(paths)))
+        except ValueError:  # ragged: the loop below says which
+            values = np.empty(0)
+        if values.ndim == 1 and values.dtype.kind in "iu":
+            return values.astype(np.int64), np.asarray([len(path) for path in paths])
+    ids = [_ids(path, f"{name}[{s}]") for s, path in enumerate(paths)]
+    return np.concatenate(ids), np.asarray([len(path) for path in ids])
 
 
 def _ids(tokens: Tokens, name: str) -> np.ndarray:
@@ -223,7 +252,7 @@ def _assemble(
     end: list[np.ndarray],
     target: list[np.ndarray],
     loss_rows: list[np.ndarray],
-    lengths: list[int],
+    lengths: Sequence[int] | np.ndarray,
     group: list[int],
     device: torch.device | str | None,
 ) -> PrefixTree:
@@ -239,9 +268,9 @@ def _assemble(
         position=tensor(positions),
         end=tensor(ends),
         target=tensor(flat(target)),
-        offsets=tensor(np.cumsum([0, *lengths], dtype=np.int64)),
+        offsets=tensor(np.r_[0, np.cumsum(lengths)].astype(np.int64)),
         loss_rows=tensor(flat(loss_rows)),
         group=tensor(np.asarray(group, dtype=np.int64)),
-        node_table=torch.from_numpy(node_table(positions, ends).astype(np.int64)),
+        node_table=torch.from_numpy(node_table(ends).astype(np.int64)),
         depth=int(positions.max()) + 1,
     )

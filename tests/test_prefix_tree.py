@@ -48,6 +48,32 @@ def test_from_paths_is_the_trie(paths):
     assert tree.group.tolist() == [firsts.index(path[0]) for path in paths]
 
 
+@given(
+    st.lists(
+        st.lists(st.sampled_from([-(2**63), -3, 0, 255, 256, 2**40, 2**63 - 1]), min_size=1, max_size=6), min_size=1
+    )
+)
+@settings(max_examples=40, deadline=None)
+def test_packed_order_is_numeric_for_any_ids(paths):
+    tree = PrefixTree.from_paths(paths)
+    check_packing(tree, paths, oracle.trie_rows(paths), [1] * len(paths))
+    assert tree.M == len({tuple(path[: n + 1]) for path in paths for n in range(len(path))})
+
+
+def test_paths_that_extend_one_another():
+    """Deeper than 255 and 65,535 tokens, where the depths are sorted as wider integers."""
+    for length, step in ((300, 1), (70_000, 9_000)):
+        paths = [[7] * n + [n % 3] for n in range(length, 0, -step)]
+        tree = PrefixTree.from_paths(paths)
+        assert tree.depth == length + 1 and tree.M == length + len(paths)
+        rows = tree.loss_rows.numpy()
+        for s, path in enumerate(paths):
+            own = rows[int(tree.offsets[s]) : int(tree.offsets[s + 1])]
+            assert np.array_equal(tree.position.numpy()[own], np.arange(len(path) - 1))
+            assert np.array_equal(tree.input_ids.numpy()[own], path[:-1])
+            assert (tree.end.numpy()[own] > own[-1]).all()
+
+
 @given(groups_strategy)
 @settings(max_examples=60, deadline=None)
 def test_from_groups_packs_prompts_once(groups):
@@ -121,6 +147,10 @@ def test_tokens_may_be_tensors_or_arrays():
     plain = PrefixTree.from_groups([[1, 2]], [[[3], [4, 5]]])
     mixed = PrefixTree.from_groups([torch.tensor([1, 2])], [[np.array([3], dtype=np.int32), torch.tensor([4, 5])]])
     assert torch.equal(plain.input_ids, mixed.input_ids)
+    paths = PrefixTree.from_paths([torch.tensor([1, 2, 3]), (1, 2, 4), np.array([1], dtype=np.int32), [5]])
+    expected = PrefixTree.from_paths([[1, 2, 3], [1, 2, 4], [1], [5]])
+    for name in ("input_ids", "end", "target", "loss_rows", "offsets", "group", "node_table"):
+        assert torch.equal(getattr(paths, name), getattr(expected, name)), name
 
 
 def test_to_moves_index_tensors_and_keeps_the_host_table():
@@ -146,6 +176,8 @@ def test_stats():
         (lambda: PrefixTree.from_paths([]), "paths: expected at least one path"),
         (lambda: PrefixTree.from_paths([[1], []]), r"paths\[1\].*empty path"),
         (lambda: PrefixTree.from_paths([[1.5]]), r"paths\[0\].*float64"),
+        (lambda: PrefixTree.from_paths([[1], [2, 1.5]]), r"paths\[1\].*float64"),
+        (lambda: PrefixTree.from_paths([[1], [[2]]]), r"paths\[1\].*2 dimensions"),
     ],
 )
 def test_errors_name_the_argument(build, message):

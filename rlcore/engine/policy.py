@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,10 +84,11 @@ def answer_tree(prompts: Prompts, responses: Responses, device: torch.device) ->
     """
     pairs = [(prompt, answer) for prompt, group in zip(prompts, responses, strict=True) for answer in group]
     trie = rl.PrefixTree.from_paths([prompt + answer for prompt, answer in pairs])
-    prompt_length = torch.tensor([len(prompt) for prompt, _ in pairs])
-    offsets = torch.nn.functional.pad(torch.tensor([len(answer) for _, answer in pairs]).cumsum(0), (1, 0))
-    place = torch.arange(trie.N) - torch.repeat_interleave(trie.offsets[:-1], trie.offsets.diff())
-    keep = place >= torch.repeat_interleave(prompt_length - 1, trie.offsets.diff())
-    group = torch.tensor([g for g, answers in enumerate(responses) for _ in answers])
+    # NumPy: torch would wake its threads for index arithmetic that takes microseconds.
+    lengths, answers = trie.offsets.diff().numpy(), np.asarray([len(answer) for _, answer in pairs])
+    left = np.repeat(np.cumsum(lengths), lengths) - np.arange(trie.N)
+    keep = torch.from_numpy(np.flatnonzero(left <= np.repeat(answers, lengths)))
+    group = torch.tensor([g for g, bodies in enumerate(responses) for _ in bodies])
+    offsets = torch.from_numpy(np.r_[0, np.cumsum(answers)])
     tree = replace(trie, target=trie.target[keep], loss_rows=trie.loss_rows[keep], offsets=offsets, group=group)
     return tree.to(device)
