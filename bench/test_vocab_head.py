@@ -100,23 +100,31 @@ def test_speed(key: str, record: Callable[..., None], request: pytest.FixtureReq
     record(row, race.of(*line.ours))
 
 
-@pytest.mark.parametrize(
-    "case, dtype, most", [("policy_loss", "float32", 64), ("logprob", "float32", 64), ("policy_loss", "bfloat16", 128)]
-)
-def test_memory(case: str, dtype: str, most: float, record: Callable[..., None], run: Any) -> None:
+MEMORY = {
+    ("policy_loss", "float32"): ("linear_policy_loss", SHAPE, 64),
+    ("logprob", "float32"): ("linear_logprob", SHAPE, 64),
+    ("policy_loss", "bfloat16"): ("linear_policy_loss", SHAPE, 128),
+    ("inplace_backward", "float32"): ("logprob, inplace_backward", (1024, 64, 32000), 4),
+    ("inplace_backward", "bfloat16"): ("logprob, inplace_backward", (1024, 64, 32000), 8),
+}
+
+
+@pytest.mark.parametrize("case, dtype", MEMORY)
+def test_memory(case: str, dtype: str, record: Callable[..., None], run: Any) -> None:
     """Growth of the peak resident set of a fresh process, above inputs, outputs and gradients."""
     if not Path("/proc/self/status").exists():
         pytest.skip("peak memory is read from /proc")
     if run.quick and (case, dtype) != ("policy_loss", "float32"):
         pytest.skip("one process is enough to see that it works")
-    shape = map(str, run.shape or ((256, 64, 2000) if run.quick else SHAPE))
+    measure, full, most = MEMORY[case, dtype]
+    shape = map(str, run.shape or ((256, 64, 2000) if run.quick else full))
     script = Path(__file__).with_name("memory.py")
     command = [sys.executable, str(script), case, dtype, *shape, str(run.threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     out = json.loads(done.stdout.splitlines()[-1])
     row = Row(
-        f"vocab_head_memory[{case}-{dtype}]", "vocab_head", f"linear_{case}, peak memory, {dtype}",
+        f"vocab_head_memory[{case}-{dtype}]", "vocab_head", f"{measure}, peak memory, {dtype}",
         f"logits: {out['logits_mib']:.0f} MiB", out["growth_mib"], "MiB", "most", most, ours_seconds=out["seconds"],
     )  # fmt: skip
     record(row, [out["seconds"]])

@@ -60,6 +60,8 @@ class Cases:
     def function(self, name: str) -> Callable[[], Results]:
         if name in FRESH or name in PREALLOCATED:
             return self._product(name)
+        if name == "inplace_backward":
+            return self._inplace_backward()
         batch, frozen = self.batch, self.weight.detach()
         functions: dict[str, Callable[[], Results]] = {
             "policy_loss": lambda: self._policy_loss(batch, self.objective),
@@ -105,6 +107,18 @@ class Cases:
         logp = rl.linear_logprob(self.hidden, weight, self.target).logp
         loss = (logp * self.upstream).sum()
         return self._gradients(loss, self._inputs(weight.requires_grad))
+
+    def _inplace_backward(self) -> Callable[[], Results]:
+        """Log-probs of logits that exist and the backward pass in the logits' memory: for one run."""
+        logits = uniform_(torch.empty(self.N, self.V, dtype=self.hidden.dtype), 1.0)
+        logits.add_(torch.zeros((), dtype=logits.dtype, requires_grad=True))
+
+        def run() -> Results:
+            logp = rl.logprob(logits, self.target, inplace_backward=True).logp
+            (logp * self.upstream).sum().backward()
+            return (logp.detach(),)
+
+        return run
 
     def _inputs(self, head: bool) -> tuple[Tensor, ...]:
         return (self.hidden, self.weight) if head else (self.hidden,)

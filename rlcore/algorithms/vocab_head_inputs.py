@@ -115,6 +115,27 @@ def check_scores(logits: Tensor, target: Tensor, mask: Tensor | None, temperatur
     check_temperature(temperature, target, mask)
 
 
+def check_overwritable(logits: Tensor) -> None:
+    """Whether a backward pass may write the gradient over these logits: its own memory, each element once."""
+    check_floating("logits", logits)
+    if torch.compiler.is_compiling() or not (logits.requires_grad and torch.is_grad_enabled()):
+        return
+    for x, what in ((logits, "a leaf"), (logits._base, "a view of a leaf")):
+        if x is not None and x.is_leaf and x.requires_grad:
+            raise ValueError(
+                f"logits: expected the result of an operation with inplace_backward=True; got {what} that requires "
+                "grad, which its gradient would overwrite"
+            )
+    reach = 0  # of the axes with smaller strides
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(
+                "logits: expected elements that share no memory with inplace_backward=True; got shape "
+                f"{tuple(logits.shape)} with strides {logits.stride()}"
+            )
+        reach += stride * (size - 1)
+
+
 def check_floating(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor; got {type(x).__name__}")

@@ -8,39 +8,67 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms import vocab_head_chunks as chunks
-from rlcore.algorithms.vocab_head_chunks import Coefficients, Rows, RowStatistics, Scale
+from rlcore.algorithms.vocab_head_chunks import TORCH, Coefficients, RowPasses, Rows, RowStatistics, Scale
 
 
-def score_blocks(logits: Tensor, keep: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[Tensor, Rows]]:
-    """(copy of a block of logits in `dtype`, its flat rows), kept rows only on CPU.
+def is_even(logits: Tensor) -> bool:
+    """Whether the rows of all sequences lie at one distance: [N, V], or [B, T, V] that is no slice of T."""
+    return logits.dim() == 2 or logits.stride(0) == logits.stride(1) * logits.shape[1] or logits.shape[0] < 2
+
+
+def block_rows(logits: Tensor, dtype: torch.dtype) -> int:
+    """Rows of a block: on a CPU a block for the cache of each core, for one thread works on whole rows."""
+    cores = torch.get_num_threads() if logits.device.type == "cpu" else 1
+    size = chunks.BLOCK_BYTES.get(logits.device.type, chunks.BLOCK_BYTES["default"])
+    step = cores * max(1, size // (logits.shape[-1] * dtype.itemsize))
+    return max(1, min(step, logits.shape[:-1].numel()))
+
+
+def score_blocks(
+    logits: Tensor, out: Tensor, keep: Tensor | None, step: int
+) -> Iterator[tuple[Tensor, Tensor, Rows, Rows]]:
+    """(a sheet of logits [n, V], that of `out`, a block's rows in the sheet, its flat rows), kept rows only on CPU.
 
     Logits [B, T, V] whose rows do not lie evenly (a slice of T) are walked sequence by sequence, never copied whole.
     """
     V = logits.shape[-1]
-    even = logits.dim() == 2 or logits.stride(0) == logits.stride(1) * logits.shape[1] or logits.shape[0] < 2
-    sheets = [logits.view(-1, V)] if even else logits.unbind(0)
+    sheets, outs = [[x.view(-1, V)] if is_even(logits) else x.unbind(0) for x in (logits, out)]
     first = 0
-    for sheet in sheets:
+    for sheet, made in zip(sheets, outs, strict=True):
         n = sheet.shape[0]
-        part = None if keep is None else keep[first : first + n]
-        rows = chunks.kept_rows(part, n)
-        for block in chunks.blocks(chunks.count(rows), V, dtype, logits.device):
+        rows = chunks.kept_rows(None if keep is None else keep[first : first + n], n)
+        left = chunks.count(rows)
+        for start in range(0, left, step):
+            block = slice(start, min(start + step, left))
             here: Rows = block if isinstance(rows, slice) else rows[block]
-            z = sheet[here].to(dtype, copy=True)
-            if part is not None and not chunks.compacts(part.device):
-                z = torch.where(part[here, None], z, 0)
-            yield z, slice(first + here.start, first + here.stop) if isinstance(here, slice) else here + first
+            flat = slice(first + here.start, first + here.stop) if isinstance(here, slice) else here + first
+            yield sheet, made, here, flat
         first += n
 
 
-def statistics(logits: Tensor, target: Tensor, keep: Tensor | None, scale: Scale, *, entropy: bool) -> RowStatistics:
+def clear_masked_(z: Tensor, keep: Tensor | None, rows: Rows) -> Tensor:
+    """Where masked rows stay (GPU) they become zero, whatever they hold."""
+    return z if keep is None or chunks.compacts(keep.device) else z.masked_fill_(~keep[rows, None], 0)
+
+
+def statistics(
+    logits: Tensor, target: Tensor, keep: Tensor | None, scale: Scale, *, entropy: bool, passes: RowPasses = TORCH
+) -> RowStatistics:
     """Statistics of logits [N, V] or [B, T, V] per flat row [N], 0 where masked; target and keep are flat [N]."""
     dtype, N = scale.logit_scale.dtype, target.shape[0]
     target, scale = chunks.neutral(keep, target, scale)
     chunks.check_target(target, logits.shape[-1], chunks.kept_rows(keep, N))
     stats = chunks.empty_statistics(N, dtype, logits.device)
-    for z, rows in score_blocks(logits, keep, dtype):
-        found = chunks.block_statistics(chunks.bend_(z, scale.of(rows)), target[rows], entropy)
+    # The pass bends its block in place; it leaves one alone whose scale is 1.
+    stays = (
+        logits.dtype == dtype and chunks.is_one(scale.temperature) and (keep is None or chunks.compacts(keep.device))
+    )
+    step = block_rows(logits, dtype)
+    buffer = logits.new_empty((0 if stays else step, logits.shape[-1]), dtype=dtype)
+    for sheet, _, here, rows in score_blocks(logits, logits, keep, step):
+        z = sheet[here] if stays else buffer[: chunks.count(here)].copy_(sheet[here])
+        clear_masked_(z, keep, rows)
+        found = passes.statistics(z, target[rows], scale.of(rows), entropy)
         for x, y in zip(stats, found, strict=True):
             x[rows] = y
     if keep is not None and not chunks.compacts(keep.device):
@@ -49,17 +77,42 @@ def statistics(logits: Tensor, target: Tensor, keep: Tensor | None, scale: Scale
 
 
 def gradient(
-    logits: Tensor, target: Tensor, keep: Tensor | None, scale: Scale, stats: RowStatistics, d: Coefficients
+    logits: Tensor,
+    target: Tensor,
+    keep: Tensor | None,
+    scale: Scale,
+    stats: RowStatistics,
+    d: Coefficients,
+    *,
+    in_place: bool = False,
+    passes: RowPasses = TORCH,
 ) -> Tensor:
-    """d loss / d logits in the logits' shape and dtype; rows without a coefficient are 0 and never read on CPU."""
-    dtype, V = scale.logit_scale.dtype, logits.shape[-1]
+    """d loss / d logits in the logits' shape and dtype, with `in_place` in their memory, where rows must not overlap.
+
+    Rows without a coefficient are 0 and never read on CPU.
+    """
+    dtype = scale.logit_scale.dtype
     if keep is not None:
         d = Coefficients(*(None if x is None else torch.where(keep, x, 0) for x in d))  # type: ignore[arg-type]
     target, scale = chunks.neutral(keep, target, scale)
-    out = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
-    flat = out.view(-1, V)
+    out = logits if in_place else torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
     moved = d.nonzero() if chunks.compacts(logits.device) else keep
-    for z, rows in score_blocks(logits, moved, dtype):
-        chunks.bend_(z, scale.of(rows))
-        flat[rows] = chunks.block_gradient_(z, target[rows], stats.of(rows), d.of(rows), scale.of(rows)).to(out.dtype)
+    step = block_rows(logits, dtype)
+    buffer = None
+    for sheet, made, here, rows in score_blocks(logits, out, moved, step):
+        # A gradient is made where it belongs, if it can be.
+        stays = isinstance(here, slice) and sheet.dtype == dtype and sheet.stride(1) == 1
+        if stays:
+            z = made[here]
+        else:
+            buffer = logits.new_empty((step, logits.shape[-1]), dtype=dtype) if buffer is None else buffer
+            z = buffer[: chunks.count(here)]
+        if not (stays and in_place):
+            z.copy_(sheet[here])
+        clear_masked_(z, moved, rows)
+        passes.gradient(z, target[rows], stats.of(rows), d.of(rows), scale.of(rows), raw=True)
+        if not stays:
+            made[here] = z if isinstance(here, slice) else z.to(made.dtype)
+    if in_place and moved is not None and chunks.compacts(moved.device):
+        out[~moved.reshape(out.shape[:-1])] = 0
     return out

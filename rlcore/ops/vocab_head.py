@@ -24,6 +24,7 @@ from rlcore.algorithms.vocab_head_inputs import (
     as_number,
     autocast_dtype,
     check_head,
+    check_overwritable,
     check_scores,
     scale_of,
     statistics_dtype,
@@ -78,18 +79,28 @@ def logprob(
     temperature: Number = 1.0,
     entropy: bool = False,
     mask: Tensor | None = None,
+    inplace_backward: bool = False,
 ) -> LogProbs:
     """The same from logits [N, V] or [B, T, V] that exist already: z = logits / temperature.
 
     Low-precision logits are upcast block by block; no float32 copy of all of them is made. Raises as `linear_logprob`.
+
+    `inplace_backward` writes the gradient over the logits, which saves a tensor of their size; backward runs once. Only
+    for logits that nothing needs afterwards: torch raises where another op has saved them for a later backward pass
+    (they have a new version), and a second run raises RuntimeError. ValueError for logits that are, or are a view of,
+    a leaf that requires grad, and for rows that overlap in memory. No effect inside torch.compile, which plans its own
+    memory, and with the reference backend.
     """
+    if inplace_backward:
+        check_overwritable(logits)
     if backend.requested() == "reference":
         return algorithm.logprob(logits, target, temperature, entropy, mask)
     check_scores(logits, target, mask, temperature)
     by_row = as_number(temperature, statistics_dtype(logits), logits.device)
     keep = None if mask is None else (mask != 0).reshape(-1)
+    in_place = bool(inplace_backward) and not torch.compiler.is_compiling()
     logp, H = Logprob.apply(
-        logits, target.reshape(-1), keep, by_row if by_row.dim() == 0 else by_row.reshape(-1), entropy
+        logits, target.reshape(-1), keep, by_row if by_row.dim() == 0 else by_row.reshape(-1), entropy, in_place
     )
     return LogProbs(logp.reshape(target.shape), H.reshape(target.shape) if entropy else None)
 

@@ -130,15 +130,17 @@ class LinearPolicyLoss(Function):
 
 
 class Logprob(Function):
-    """logp and entropy, flat [N], of logits that exist."""
+    """logp and entropy, flat [N], of logits that exist; with `in_place` their memory becomes the gradient's."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, mask: Tensor | None, temperature: Tensor, entropy: bool
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, logits: Tensor, target: Tensor, mask: Tensor | None, temperature: Tensor, entropy: bool,
+        in_place: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         maximum, log_sum, logp, H = raw.logprob_forward(logits, target, mask, temperature, entropy)
         ctx.save_for_backward(logits, target, mask, temperature, maximum, log_sum, logp, H)
         ctx.set_materialize_grads(False)
+        ctx.in_place, ctx.spent = in_place, False
         if not entropy:
             ctx.mark_non_differentiable(H)
         return logp, H
@@ -146,9 +148,21 @@ class Logprob(Function):
     @staticmethod
     def backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
+        nothing = (None,) * 5
         if d_logp is None and d_entropy is None:
-            return (None,) * 5
+            return (None, *nothing)
+        if ctx.in_place and ctx.spent:
+            raise RuntimeError(
+                "logprob with inplace_backward=True runs backward once: the gradient has taken the logits' place; "
+                "differentiate a sum of all that depends on them, or leave inplace_backward out"
+            )
         logits, target, mask, temperature, *stats = ctx.saved_tensors
         if d_logp is None:
             d_logp = torch.zeros_like(stats[2])
-        return (raw.logprob_backward(logits, target, mask, temperature, stats, d_logp, d_entropy), *(None,) * 4)
+        if not ctx.in_place:
+            return (raw.logprob_backward(logits, target, mask, temperature, stats, d_logp, d_entropy), *nothing)
+        ctx.spent = True
+        # The alias shares the version counter: whoever else has saved the logits for its backward pass is told.
+        gradient = logits.detach()
+        raw.logprob_backward_(gradient, target, mask, temperature, stats, d_logp, d_entropy)
+        return (gradient, *nothing)

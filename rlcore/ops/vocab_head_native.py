@@ -20,7 +20,14 @@ def row_passes() -> RowPasses:
 
 
 def is_native(logits: Tensor) -> bool:
-    return logits.dtype == torch.float32 and logits.device.type == "cpu" and logits.stride(1) == 1
+    """float32 rows on the CPU with unit stride that do not overlap (an expanded row does)."""
+    lies_well = logits.stride(1) == 1 and row_stride(logits) >= logits.shape[1]
+    return logits.dtype == torch.float32 and logits.device.type == "cpu" and lies_well
+
+
+def row_stride(logits: Tensor) -> int:
+    """The distance of two rows; a single one may say anything."""
+    return logits.stride(0) if logits.shape[0] > 1 else logits.shape[1]
 
 
 Chunk = tuple[int, int, int, int, int, int, int, float, float]
@@ -29,7 +36,7 @@ Chunk = tuple[int, int, int, int, int, int, int, float, float]
 def chunk_arguments(logits: Tensor, target: Tensor, temperature: Tensor, scale: Scale) -> Chunk:
     """The chunk as csrc/cpu/vocab_head.h wants it; the caller keeps the tensors alive."""
     return (
-        logits.data_ptr(), logits.stride(0), logits.shape[0], logits.shape[1], target.data_ptr(),
+        logits.data_ptr(), row_stride(logits), logits.shape[0], logits.shape[1], target.data_ptr(),
         temperature.data_ptr(), temperature.dim(), scale.logit_scale.item(),
         0.0 if scale.softcap is None else scale.softcap.item(),
     )  # fmt: skip

@@ -209,7 +209,7 @@ def _(
 def logprob_forward(logits: Tensor, target: Tensor, mask: Tensor | None, temperature: Tensor, entropy: bool) -> Four:
     """(maximum, log_sum, logp, entropy), each [N], of logits [N, V] or [B, T, V]."""
     scale = Scale(temperature, None, temperature.new_ones(()))
-    stats = scores.statistics(logits, target.long(), mask, scale, entropy=entropy)
+    stats = scores.statistics(logits, target.long(), mask, scale, entropy=entropy, passes=row_passes())
     return stats.maximum, stats.log_sum, stats.logp, stats.entropy
 
 
@@ -236,8 +236,8 @@ def logprob_backward(
 ) -> Tensor:
     """d_logits in the logits' shape and dtype."""
     scale = Scale(temperature, None, temperature.new_ones(()))
-    d = Coefficients(d_logp, d_entropy)
-    return scores.gradient(logits, target.long(), mask, scale, RowStatistics(*statistics), d)
+    d, stats = Coefficients(d_logp, d_entropy), RowStatistics(*statistics)
+    return scores.gradient(logits, target.long(), mask, scale, stats, d, passes=row_passes())
 
 
 @logprob_backward.register_fake
@@ -251,3 +251,32 @@ def _(
     d_entropy: Tensor | None,
 ) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@torch.library.custom_op("rlcore::logprob_backward_", mutates_args=("logits",))
+def logprob_backward_(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    statistics: Sequence[Tensor],
+    d_logp: Tensor,
+    d_entropy: Tensor | None,
+) -> None:
+    """`logprob_backward` in the logits' memory; their version counter goes up."""
+    scale = Scale(temperature, None, temperature.new_ones(()))
+    d, stats = Coefficients(d_logp, d_entropy), RowStatistics(*statistics)
+    scores.gradient(logits, target.long(), mask, scale, stats, d, in_place=True, passes=row_passes())
+
+
+@logprob_backward_.register_fake
+def _(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    statistics: Sequence[Tensor],
+    d_logp: Tensor,
+    d_entropy: Tensor | None,
+) -> None:
+    return None
