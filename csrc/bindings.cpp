@@ -94,6 +94,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     m.doc() = "Native kernels of rlcore over raw memory. Use the functions of rlcore.ops, which check their tensors.";
     m.def("features", &features, "Compiler, C++ standard (17), OpenMP (bool) and build type of this module.");
     bind_policy_loss(m);
+    bind_prefix_attention(m);
     bind_segments(m);
     m.def("vocab_head_statistics", &vocab_head_statistics, py::call_guard<py::gil_scoped_release>(),
           "Row pass 1 over a float32 chunk of logits; see csrc/cpu/vocab_head.h. Row stride in elements.");

@@ -20,4 +20,5 @@ T* pointer(std::uintptr_t address, const char* name, bool may_be_null) {
 void check_offsets(const std::int64_t* offsets, std::int64_t segments);
 
 void bind_policy_loss(pybind11::module_& m);
+void bind_prefix_attention(pybind11::module_& m);
 void bind_segments(pybind11::module_& m);

@@ -55,6 +55,42 @@ def vocab_head_gradient(
     raw: bool,
     threads: int,
 ) -> None: ...
+def prefix_attention_forward(
+    node_table: int,
+    nodes: int,
+    rows: int,
+    q: tuple[int, int, int],
+    k: tuple[int, int, int],
+    v: tuple[int, int, int],
+    query_heads: int,
+    key_heads: int,
+    size: int,
+    scale: float,
+    sink: int,
+    o: int,
+    lse: int,
+    threads: int,
+) -> None: ...
+def prefix_attention_backward(
+    node_table: int,
+    nodes: int,
+    rows: int,
+    q: tuple[int, int, int],
+    k: tuple[int, int, int],
+    v: tuple[int, int, int],
+    query_heads: int,
+    key_heads: int,
+    size: int,
+    scale: float,
+    dout: tuple[int, int, int],
+    o: tuple[int, int, int],
+    lse: int,
+    slices: int,
+    dq: int,
+    dk: int,
+    dv: int,
+    threads: int,
+) -> None: ...
 
 # Addresses are those of contiguous tensors (mask: bool; ids, offsets and counts: int64), 0 for none.
 def segment_reduce(

@@ -180,7 +180,7 @@ def composed_backward(
         _accumulate(dv, part.keys, part.key_slice, grads[2], kept_keys)
     if heads != k.shape[1]:
         dk, dv = (x.unflatten(1, (heads, -1)).sum(2) for x in (dk, dv))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), _sink_gradient(do, o, lse, sink)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), sink_gradient(do, o, lse, sink)
 
 
 def _accumulate(total: Tensor, rows: Tensor, run: slice | None, grad: Tensor, kept: Tensor | None) -> None:
@@ -195,7 +195,7 @@ def _accumulate(total: Tensor, rows: Tensor, run: slice | None, grad: Tensor, ke
     total.index_copy_(0, index, total.index_select(0, index) + grad)
 
 
-def _sink_gradient(do: Tensor, o: Tensor, lse: Tensor, sink: Tensor | None) -> Tensor | None:
+def sink_gradient(do: Tensor, o: Tensor, lse: Tensor, sink: Tensor | None) -> Tensor | None:
     """The sink is a key with value 0: d sink = - sum_i p_sink_i (do_i . o_i)."""
     if sink is None:
         return None
@@ -302,4 +302,4 @@ def blocked_backward(
         dq[queries] = torch.einsum("hgij,jhd->ihgd", ds, block_k).flatten(1, 2)
         dk[keys] += torch.einsum("hgij,ihgd->jhd", ds, grouped)
         dv[keys] += torch.einsum("hgij,ihgd->jhd", p, block_do)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), _sink_gradient(do, o, lse, sink)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), sink_gradient(do, o, lse, sink)

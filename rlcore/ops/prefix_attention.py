@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlcore.algorithms import prefix_attention as algorithm
 from rlcore.ops import backend
+from rlcore.ops import prefix_attention_native as native
 from rlcore.prefix_tree import PrefixTree
 
 
@@ -27,6 +28,8 @@ def _forward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
+    if _composes(q, window, softcap) and native.runs(q):
+        return native.forward(q, k, v, node_table, scale, sink)
     if _composes(q, window, softcap):
         return algorithm.composed_forward(q, k, v, node_table, scale, sink)
     return algorithm.blocked_forward(q, k, v, end, position, node_table, scale, window, softcap, sink)
@@ -64,7 +67,9 @@ def _backward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if _composes(q, window, softcap):
+    if _composes(q, window, softcap) and native.runs(q):
+        dq, dk, dv, dsink = native.backward(do, q, k, v, o, lse, node_table, scale, sink)
+    elif _composes(q, window, softcap):
         dq, dk, dv, dsink = algorithm.composed_backward(do, q, k, v, o, lse, node_table, scale, sink)
     else:
         dq, dk, dv, dsink = algorithm.blocked_backward(

@@ -1,0 +1,120 @@
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <vector>
+
+#include "bindings.h"
+#include "cpu/prefix_attention.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using rlcore::cpu::Attention;
+using rlcore::cpu::Heads;
+using rlcore::cpu::Node;
+using rlcore::cpu::Tile;
+using rlcore::cpu::TileRange;
+
+// A tensor [rows, heads, D] with unit stride along D: (address, row stride, head stride), strides in elements.
+using View = std::tuple<std::uintptr_t, std::int64_t, std::int64_t>;
+
+struct Problem {
+    Attention attention;
+    std::int64_t rows;
+    std::vector<Tile> tiles;
+    std::vector<TileRange> trees;
+};
+
+Heads heads_of(const View& view, const char* name, bool none) {
+    return {pointer<const float>(std::get<0>(view), name, none), std::get<1>(view), std::get<2>(view)};
+}
+
+void expect(bool holds, const char* message) {
+    if (!holds) throw std::invalid_argument(message);
+}
+
+// Checks that the nodes are runs in depth-first order that cover the rows, and cuts each into tiles.
+Problem problem_of(std::uintptr_t node_table, std::int64_t nodes, std::int64_t rows, const View& q, const View& k,
+                   const View& v, std::int64_t query_heads, std::int64_t key_heads, std::int64_t size, float scale,
+                   std::uintptr_t sink) {
+    expect(rows >= 0 && rows < INT32_MAX && nodes >= 0, "rows: expected 0 to 2^31 - 2");
+    expect(key_heads > 0 && query_heads > 0 && query_heads % key_heads == 0 && size > 0,
+           "heads: expected key heads that divide the query heads, and a size of at least 1");
+    const auto* table = pointer<const Node>(node_table, "node_table", nodes == 0);
+    const bool none = rows == 0;
+    Problem p = {{{table, nodes, 0},
+                  heads_of(q, "q", none),
+                  heads_of(k, "k", none),
+                  heads_of(v, "v", none),
+                  query_heads,
+                  key_heads,
+                  size,
+                  scale,
+                  pointer<const float>(sink, "sink", true)},
+                 rows,
+                 {},
+                 {}};
+    const std::int64_t lanes = RLCORE_CALL(attention_needs, p.attention, false).lanes;
+    std::vector<std::int64_t> depth(static_cast<std::size_t>(nodes));
+    std::int64_t covered = 0;
+    for (std::int64_t n = 0; n < nodes; ++n) {
+        const Node& node = table[n];
+        expect(node.start == covered && node.stop >= node.start && node.parent >= -1 && node.parent < n,
+               "node_table: expected runs that follow one another, each after its parent");
+        covered = node.stop;
+        const std::int64_t above = node.parent < 0 ? 0 : depth[static_cast<std::size_t>(node.parent)];
+        depth[static_cast<std::size_t>(n)] = above + node.stop - node.start;
+        if (depth[static_cast<std::size_t>(n)] > p.attention.forest.longest) {
+            p.attention.forest.longest = depth[static_cast<std::size_t>(n)];
+        }
+        const auto tiles = static_cast<std::int64_t>(p.tiles.size());
+        if (node.parent < 0) p.trees.push_back({tiles, tiles});
+        const std::int64_t queries = (node.stop - node.start) * (query_heads / key_heads);
+        for (std::int64_t first = 0; first < queries; first += lanes) {
+            p.tiles.push_back({n, first, first + lanes < queries ? first + lanes : queries});
+        }
+        p.trees.back().last = static_cast<std::int64_t>(p.tiles.size());
+    }
+    expect(covered == rows, "node_table: expected runs that cover all rows");
+    return p;
+}
+
+std::unique_ptr<float[]> scratch_of(const Problem& p, bool backward, int threads) {
+    expect(threads >= 1, "threads: expected at least 1");
+    const std::int64_t each = RLCORE_CALL(attention_needs, p.attention, backward).scratch;
+    return std::unique_ptr<float[]>(new float[static_cast<std::size_t>(each * threads)]);
+}
+
+void forward(std::uintptr_t node_table, std::int64_t nodes, std::int64_t rows, const View& q, const View& k,
+             const View& v, std::int64_t query_heads, std::int64_t key_heads, std::int64_t size, float scale,
+             std::uintptr_t sink, std::uintptr_t o, std::uintptr_t lse, int threads) {
+    const Problem p = problem_of(node_table, nodes, rows, q, k, v, query_heads, key_heads, size, scale, sink);
+    const auto scratch = scratch_of(p, false, threads);
+    RLCORE_CALL(attention_forward, p.attention, p.tiles.data(), static_cast<std::int64_t>(p.tiles.size()),
+                scratch.get(), pointer<float>(o, "o", rows == 0), pointer<float>(lse, "lse", rows == 0), threads);
+}
+
+void backward(std::uintptr_t node_table, std::int64_t nodes, std::int64_t rows, const View& q, const View& k,
+              const View& v, std::int64_t query_heads, std::int64_t key_heads, std::int64_t size, float scale,
+              const View& dout, const View& o, std::uintptr_t lse, std::int64_t slices, std::uintptr_t dq,
+              std::uintptr_t dk, std::uintptr_t dv, int threads) {
+    expect(slices >= 1, "slices: expected at least 1");
+    const Problem p = problem_of(node_table, nodes, rows, q, k, v, query_heads, key_heads, size, scale, 0);
+    const auto scratch = scratch_of(p, true, threads);
+    const bool none = rows == 0;
+    RLCORE_CALL(attention_backward, p.attention, p.tiles.data(), p.trees.data(),
+                static_cast<std::int64_t>(p.trees.size()), slices, rows, heads_of(dout, "dout", none),
+                heads_of(o, "o", none), pointer<const float>(lse, "lse", none), scratch.get(),
+                pointer<float>(dq, "dq", none), pointer<float>(dk, "dk", none), pointer<float>(dv, "dv", none),
+                threads);
+}
+
+}  // namespace
+
+void bind_prefix_attention(py::module_& m) {
+    m.def("prefix_attention_forward", &forward, py::call_guard<py::gil_scoped_release>(),
+          "Attention over a packed forest in float32; see csrc/cpu/prefix_attention.h. Strides in elements.");
+    m.def("prefix_attention_backward", &backward, py::call_guard<py::gil_scoped_release>(),
+          "dq, dk and dv (zeroed by the caller) of prefix_attention_forward.");
+}

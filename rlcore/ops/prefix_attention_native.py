@@ -1,0 +1,86 @@
+"""prefix_attention in C++ on the CPU: one pass over the paths, without a plan, padding, gathers of blocks or merges.
+
+float32 throughout; bfloat16 and float16 are widened first, which on a CPU is faster than flash attention in them.
+float64 and machines without the extension take `algorithms.prefix_attention`'s composition.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlcore.algorithms.prefix_attention import sink_gradient
+from rlcore.ops import backend
+
+# A (tree, key head) belongs to one thread in the backward pass. With few of them its queries are dealt out to several,
+# each with its own sums of dk and dv: two sums instead of one cost 5 % at 2 threads, four 13 %. The number must not
+# depend on the threads, or the result would.
+_TASKS = 8
+
+View = tuple[int, int, int]
+
+
+def runs(q: Tensor) -> bool:
+    """Whether the C++ code takes these queries, keys and values."""
+    return (
+        backend.requested() in (None, "native")
+        and backend.native() is not None
+        and q.device.type == "cpu"
+        and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    )
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, node_table: Tensor, scale: float, sink: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(o [M, Hq, D] in q's dtype, lse [M, Hq] float32); shapes as in `algorithms.prefix_attention.composed_forward`."""
+    module = backend.native()
+    assert module is not None
+    dtype = q.dtype
+    q, k, v = _wide(q), _wide(k), _wide(v)
+    s = None if sink is None else sink.float().contiguous()
+    o, lse = torch.empty(q.shape), torch.empty(q.shape[:2])
+    table = node_table.contiguous()
+    module.prefix_attention_forward(
+        table.data_ptr(), table.shape[0], q.shape[0], _view(q), _view(k), _view(v), q.shape[1], k.shape[1], q.shape[2],
+        scale, 0 if s is None else s.data_ptr(), o.data_ptr(), lse.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return o.to(dtype), lse
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    node_table: Tensor,
+    scale: float,
+    sink: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dq, dk, dv, dsink) in the dtypes of q, k, v and the sink."""
+    module = backend.native()
+    assert module is not None
+    dtype = q.dtype
+    do, q, k, v, o, lse = _wide(do), _wide(q), _wide(k), _wide(v), _wide(o), lse.contiguous()
+    table = node_table.contiguous()
+    trees = int((table[:, 3] < 0).sum())
+    slices = -(-_TASKS // (trees * k.shape[1]))
+    dq, dk, dv = torch.empty(q.shape), torch.zeros(slices, *k.shape), torch.zeros(slices, *v.shape)
+    module.prefix_attention_backward(
+        table.data_ptr(), table.shape[0], q.shape[0], _view(q), _view(k), _view(v), q.shape[1], k.shape[1], q.shape[2],
+        scale, _view(do), _view(o), lse.data_ptr(), slices, dq.data_ptr(), dk.data_ptr(), dv.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    dk, dv = (x.sum(0) if slices > 1 else x[0] for x in (dk, dv))
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype), sink_gradient(do, o, lse, sink)
+
+
+def _wide(x: Tensor) -> Tensor:
+    x = x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _view(x: Tensor) -> View:
+    return x.data_ptr(), x.stride(0), x.stride(1)

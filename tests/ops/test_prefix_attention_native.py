@@ -1,0 +1,276 @@
+"""prefix_attention in C++ against the float64 oracle: forests, head ratios, odd sizes, strides, dtypes, threads."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_prefix_tree import groups_strategy, paths_strategy
+
+import rlcore as rl
+from accuracy import assert_accurate
+from oracles import prefix_attention as oracle
+from rlcore.algorithms import prefix_attention as algorithm
+from rlcore.ops import backend
+from rlcore.ops import prefix_attention_native as native
+from rlcore.prefix_tree import PrefixTree
+
+pytestmark = pytest.mark.skipif(backend.native() is None, reason="rlcore._native is not built")
+
+GROUPS = (
+    [[1, 2, 3], [4] * 70, [5], [6, 6]],
+    [[[1], [], [2, 3]], [[3] * 66, [4] * 5, [5] * 5, [6] * 7], [[1], [2], [3] + [4] * 6], [[]]],
+)
+PATHS = [[0], [0, 1, 2, 3, 4, 5], [0, 1, 2, 9], [0, 1, 2, 3, 7, 7, 7], [8, 8], [8, 9, 9], [0, 1, 2, 3, 7, 6], [0, 5]]
+CHAIN = [[7] * n + [n % 3] for n in range(1, 90)]  # a node per token: deeper than two blocks of keys would be
+LONG = [[1] * 150 + [2] * n for n in (0, 1, 47, 130)]
+
+
+def forests():
+    yield "groups", PrefixTree.from_groups(*GROUPS), oracle.group_rows(*GROUPS)
+    for name, paths in (("paths", PATHS), ("one row", [[3]]), ("chain", CHAIN), ("long", LONG)):
+        yield name, PrefixTree.from_paths(paths), oracle.trie_rows(paths)
+
+
+FORESTS = {name: (tree, rows) for name, tree, rows in forests()}
+
+
+def problem(tree, dtype=torch.float32, Hq=4, Hkv=2, D=8, sink=True):
+    shapes = (tree.M, Hq, D), (tree.M, Hkv, D), (tree.M, Hkv, D), (tree.M, Hq, D)
+    q, k, v, do = (torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes)
+    return q, k, v, do, torch.randn(Hq, dtype=torch.float64).to(dtype) if sink else None
+
+
+def run(tree, q, k, v, do, sink, scale=0.4):
+    o, lse = native.forward(q, k, v, tree.node_table, scale, sink)
+    gradients = native.backward(do, q, k, v, o, lse, tree.node_table, scale, sink)
+    return (o, *gradients) if sink is not None else (o, *gradients[:3])
+
+
+def plain(tree, q, k, v, do, sink, scale=0.4):
+    """Textbook attention with everything in the inputs' dtype: what the error rule compares with."""
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, sink) if x is not None]
+    ratio = q.shape[1] // k.shape[1]
+    K, V = (x.repeat_interleave(ratio, dim=1).transpose(0, 1) for x in leaves[1:3])
+    z = leaves[0].transpose(0, 1) @ K.transpose(1, 2) * scale
+    rows = torch.arange(tree.M)
+    z = z.masked_fill(~algorithm.visible(rows, rows, tree.end, tree.position, tree.position, None), -torch.inf)
+    if sink is not None:
+        z = torch.cat([z, leaves[3][:, None, None].expand(-1, tree.M, 1)], dim=-1)
+    o = (torch.softmax(z, dim=-1)[..., : tree.M] @ V).transpose(0, 1)
+    return (o, *torch.autograd.grad(o, leaves, do))
+
+
+def check(tree, rows, inputs, scale=0.4):
+    q, k, v, do, sink = (None if x is None else x.double().numpy() for x in inputs)
+    expected = oracle.attention(q, k, v, rows, scale, sink=sink, do=do)
+    norm = max(float(abs(g).max()) for g in expected[1:] if g is not None)
+    everything = zip(run(tree, *inputs, scale), expected, plain(tree, *inputs, scale), strict=False)
+    for name, (got, reference, other) in zip(("o", "dq", "dk", "dv", "dsink"), everything, strict=False):
+        gradient = name != "o"
+        assert got.dtype == inputs[0].dtype
+        assert_accurate(got, reference, other, gradient=gradient, norm=norm if gradient else None, name=name)
+
+
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1), (10, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("forest", FORESTS)
+def test_against_oracle(forest, dtype, heads, sink):
+    tree, rows = FORESTS[forest]
+    check(tree, rows, problem(tree, dtype, *heads, sink=sink))
+
+
+@pytest.mark.parametrize("D", [1, 3, 15, 16, 17, 33, 64, 100])
+def test_odd_head_sizes(D):
+    tree, rows = FORESTS["groups"]
+    check(tree, rows, problem(tree, D=D))
+
+
+@given(paths=paths_strategy, heads=st.sampled_from([(1, 1), (2, 1), (6, 2)]))
+@settings(max_examples=40, deadline=None)
+def test_random_tries(paths, heads):
+    check(
+        PrefixTree.from_paths(paths),
+        oracle.trie_rows(paths),
+        problem(PrefixTree.from_paths(paths), torch.float32, *heads, D=4),
+    )
+
+
+@given(groups=groups_strategy)
+@settings(max_examples=30, deadline=None)
+def test_random_groups(groups):
+    prompts, responses = [p for p, _ in groups], [r for _, r in groups]
+    tree = PrefixTree.from_groups(prompts, responses)
+    check(tree, oracle.group_rows(prompts, responses), problem(tree, D=5))
+
+
+def test_prefix_attention_takes_it(monkeypatch):
+    """By default and by name, under autograd; the composition does not run, and `reference` does not come here."""
+    tree, _ = FORESTS["groups"]
+    q, k, v, do, sink = problem(tree)
+    expected = run(tree, q, k, v, do, sink)
+    monkeypatch.setattr(algorithm, "composed_forward", None)
+    monkeypatch.setattr(algorithm, "composed_backward", None)
+    leaves = [x.requires_grad_() for x in (q, k, v, sink)]
+    for choose in (None, "native"):
+        monkeypatch.setattr(backend, "_requested", choose)
+        o = rl.prefix_attention(q, k, v, tree, scale=0.4, sink=sink)
+        for x, y in zip((o, *torch.autograd.grad(o, leaves, do)), expected, strict=True):
+            assert torch.equal(x, y)
+    monkeypatch.setattr(native, "forward", None)
+    with rl.backend("reference"):
+        torch.testing.assert_close(rl.prefix_attention(q, k, v, tree, scale=0.4, sink=sink), expected[0])
+
+
+def test_float64_is_left_to_the_composition():
+    tree, _ = FORESTS["paths"]
+    q, k, v, *_ = problem(tree, torch.float64)
+    assert not native.runs(q)
+    with rl.backend("native"):
+        got = rl.prefix_attention(q, k, v, tree)
+    with rl.backend("reference"):
+        torch.testing.assert_close(got, rl.prefix_attention(q, k, v, tree), rtol=1e-12, atol=1e-12)
+
+
+def test_strides():
+    """Heads first, every second number, expanded and transposed: bitwise what their contiguous copies give."""
+    tree, _ = FORESTS["groups"]
+    M = tree.M
+    q = torch.randn(4, M, 8).transpose(0, 1)
+    k = torch.randn(M, 2, 16)[..., ::2]
+    v = torch.randn(8, 2, M).permute(2, 1, 0)
+    sink = torch.randn(8)[::2]
+    for do in (
+        torch.randn(8, 4, M).permute(2, 1, 0),
+        torch.randn(1, 4, 1).expand(M, 4, 8),
+        torch.randn(1, 1, 8).expand(M, 4, 8),
+        torch.randn(M, 4, 16)[..., 8:],
+    ):
+        strided = run(tree, q, k, v, do, sink)
+        contiguous = run(tree, *(x.contiguous() for x in (q, k, v, do, sink)))
+        assert all(torch.equal(x, y) for x, y in zip(strided, contiguous, strict=True))
+
+
+@pytest.mark.parametrize("Hkv", [1, 4])
+@pytest.mark.parametrize("forest", ["groups", "chain", "long"])
+def test_threads_do_not_change_the_result(forest, Hkv):
+    tree, _ = FORESTS[forest]
+    inputs = problem(tree, Hq=4, Hkv=Hkv)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            results.append(run(tree, *inputs))
+        finally:
+            torch.set_num_threads(1)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+def test_the_rest_of_the_batch_changes_nothing():
+    """A tree's rows are the same whatever else is packed beside it, and NaN in one tree stays there."""
+    alone = PrefixTree.from_groups([[1] * 40], [[[2] * 30, [3] * 5, []]])
+    both = PrefixTree.from_groups([[1] * 40, [1, 2]], [[[2] * 30, [3] * 5, []], [[4] * 9, [5]]])
+    q, k, v, do, sink = problem(both, Hkv=4)
+    for x in (q, k, v, do):
+        x[alone.M :] = torch.nan
+    together = run(both, q, k, v, do, sink)
+    own = run(alone, *(x[: alone.M] for x in (q, k, v, do)), sink)
+    for x, y in zip(together[:4], own[:4], strict=True):
+        assert x[: alone.M].isfinite().all() and x[alone.M :].isnan().all()
+        torch.testing.assert_close(x[: alone.M], y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["q", "k"])
+def test_nan_reaches_what_sees_it_and_nothing_else(where):
+    tree, _ = FORESTS["long"]
+    q, k, v, _, _ = problem(tree)
+    row = 149  # the prompt's last
+    {"q": q, "k": k}[where][row] = torch.nan
+    o, lse = native.forward(q, k, v, tree.node_table, 0.4, None)
+    seen = torch.arange(tree.M) == row if where == "q" else torch.arange(tree.M) >= row
+    assert torch.equal(o.isnan().flatten(1).any(-1), seen)
+    assert torch.equal(lse.isnan().any(-1), seen)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e-3])
+def test_extreme_scores(size):
+    """Scores in the thousands in both directions, and sinks far above and below them."""
+    tree, _ = FORESTS["groups"]
+    q, k, v, do, sink = problem(tree)
+    q = q * size
+    sink = torch.tensor([-1e4, 1e4, 0.0, 1.0])
+    got = run(tree, q, k, v, do, sink, 1.0)
+    wide = [x.double() for x in (q, k, v, do, sink)]
+    o, lse = algorithm.composed_forward(*wide[:3], tree.node_table, 1.0, wide[4])
+    expected = (o, *algorithm.composed_backward(wide[3], *wide[:3], o, lse, tree.node_table, 1.0, wide[4]))
+    # A log-sum-exp in the thousands has a float32 rounding of 1e-4, which every recomputed probability inherits.
+    units = {"o": 1, "dq": 1, "dk": size, "dv": 1, "dsink": 1}
+    for (name, unit), x, y in zip(units.items(), got, expected, strict=True):
+        assert (x.double() - y).abs().max() <= 1e-3 * max(1, unit), name
+
+
+def test_empty_nodes():
+    tree = PrefixTree.from_paths([[1, 2], [1, 3]])
+    root, left, right = tree.node_table.tolist()
+    table = torch.tensor([root, [1, 1, 1, 0], [*left[:3], 0], [2, 2, 3, 0], [*right[:3], 0], [3, 3, 3, -1]])
+    q, k, v, do, _ = problem(tree, Hkv=4)
+    o, lse = native.forward(q, k, v, tree.node_table, 0.4, None)
+    o2, lse2 = native.forward(q, k, v, table, 0.4, None)
+    assert torch.equal(o, o2) and torch.equal(lse, lse2)
+    one = native.backward(do, q, k, v, o, lse, tree.node_table, 0.4, None)
+    other = native.backward(do, q, k, v, o, lse, table, 0.4, None)
+    for x, y in zip(one[:3], other[:3], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        [[0, 2, 3, -1], [1, 3, 3, 0]],
+        [[0, 2, 3, -1], [2, 9, 9, 0]],
+        [[0, 2, 3, -1], [2, 2, 3, 0]],
+        [[0, 2, 3, -1], [2, 3, 3, 1]],
+        [[0, 2, 3, 0], [2, 3, 3, 0]],
+        [[2, 0, 3, -1], [0, 3, 3, 0]],
+    ],
+)
+def test_node_tables_that_are_none(table):
+    """The op takes any tensor: nothing outside the rows is read or written."""
+    q = torch.randn(3, 2, 4)
+    with pytest.raises(ValueError, match="node_table: expected runs"):
+        native.forward(q, q, q, torch.tensor(table), 0.4, None)
+
+
+CODE = """
+import sys, torch, rlcore as rl
+from rlcore.ops import backend
+assert backend.native().features()["isa"] == sys.argv[1], backend.native().features()
+q, k, v, do, paths = torch.load(sys.argv[2])
+leaves = [x.requires_grad_() for x in (q, k, v)]
+o = rl.prefix_attention(q, k, v, rl.PrefixTree.from_paths(paths))
+torch.save((o.detach(), *torch.autograd.grad(o, leaves, do)), sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_every_instruction_set(isa, tmp_path):
+    """The other builds in a process of their own, within rounding of this one."""
+    if isa == "avx2" and backend.native().features()["isa"] == "baseline":
+        pytest.skip("this CPU has no AVX2")
+    source = random.Random(0)
+    paths = LONG + [[1] * 150 + [source.randrange(3) for _ in range(20)] for _ in range(6)]
+    tree = PrefixTree.from_paths(paths)
+    q, k, v, do, _ = problem(tree, Hq=6, D=19, sink=False)
+    torch.save((q, k, v, do, paths), tmp_path / "in")
+    arguments = [sys.executable, "-c", CODE, isa, str(tmp_path / "in"), str(tmp_path / "out")]
+    subprocess.run(arguments, env=os.environ | {"RLCORE_ISA": isa}, check=True)
+    for x, y in zip(torch.load(tmp_path / "out"), run(tree, q, k, v, do, None, 19**-0.5), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
