@@ -2,9 +2,10 @@
 
 growth = peak resident set while the case runs - resident set before it - bytes of its outputs and gradients
 
-Free memory that the allocator still holds is given back first, for the case would grow into it unseen. The kernel may
-take back pages of code that were not used for a while; so anonymous memory is sampled beside VmHWM, and the larger
-growth of the two counts.
+Large blocks come straight from the system and go back to it: in a hole that the inputs left in the heap they would lie
+or not as chance has it, and not go back. Free memory that the allocator still holds is given back first, for the case
+would grow into it unseen. The kernel may take back pages of code that were not used for a while; so anonymous memory is
+sampled beside VmHWM, and the larger growth of the two counts.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from vocab_head_cases import Cases
 
 MIB = 2**20
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def status(field: str) -> int:
@@ -45,6 +47,8 @@ class AnonymousPeak(threading.Thread):
 
 
 def main(case: str, dtype: str, N: int, H: int, V: int, threads: int) -> None:
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     # Code, threads and the buffers of the matrix library are no part of the case.

@@ -170,7 +170,7 @@ class Folded(NamedTuple):
     loss: Tensor
     metrics: dict[str, Tensor]
     d_hidden: Tensor  # [N, H]
-    d_weight: Tensor  # [V, H]
+    d_weight: list[Tensor]  # [V, H], in one piece or in slices of the vocabulary
     d_bias: Tensor  # [V]
 
 

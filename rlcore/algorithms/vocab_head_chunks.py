@@ -18,14 +18,18 @@ from torch import Tensor
 
 # The fp32 logits of a chunk. Few and large: every further chunk reads and writes d weight once more and makes the
 # GEMMs thinner (`make bench` prints the ratio to bare GEMMs), so the bound is what a caller can spare: of the 64 MiB
-# that a CPU step may cost above its inputs, outputs and gradients the BLAS takes some 16; on a GPU 2,048 rows of a
-# vocabulary of 128K.
-CHUNK_BYTES = {"cpu": 46 * 2**20, "default": 2**30}
+# that a CPU step may cost above its inputs, outputs and gradients the BLAS and the rest take some 10 (measured by
+# `bench/memory.py`); on a GPU 2,048 rows of a vocabulary of 128K.
+CHUNK_BYTES = {"cpu": 51 * 2**20, "default": 2**30}
 # Row passes run over blocks of a chunk that stay in the L2 cache of a core between their sweeps. A GPU takes the whole
 # chunk at once: there a launch costs more than a sweep.
 BLOCK_BYTES = {"cpu": 2**20, "default": 2**30}
-# Low-precision weights are upcast by slices of the vocabulary, so that no fp32 copy of the weight exists.
-WEIGHT_TILE_BYTES = 16 * 2**20
+# Low-precision weights are upcast by slices of the vocabulary, so that no fp32 copy of the weight exists. On a CPU a
+# slice stays in the L3 cache between its upcast and its product.
+WEIGHT_TILE_BYTES = 8 * 2**20
+# Their d weight is summed in fp32 by slices too, so that rounding it to the weight's dtype gives them back one by one;
+# above 32 MiB glibc's malloc returns what is freed to the system.
+GRADIENT_SLICE_BYTES = 40 * 2**20
 # exp(-1e4) is exactly 0 in float32 and float64. Log-probabilities below it (-inf from a bias that forbids a token) are
 # lifted to it, so that 0 * log 0 is 0 and not NaN.
 LOG_ZERO = -1e4
@@ -147,13 +151,28 @@ def check_target(target: Tensor, V: int, rows: Rows) -> None:
 # ------------------------------------------------------------------------------------------------ matrix products
 
 
-def weight_tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the vocabulary with their weight rows in `dtype`; one slice where nothing needs upcasting."""
+def vocabulary_slices(V: int, H: int, dtype: torch.dtype, bound: int) -> list[slice]:
+    """The vocabulary in slices whose weight rows in `dtype` fill at most `bound` bytes (at least one row each)."""
+    step = max(1, bound // (max(H, 1) * dtype.itemsize))
+    return [slice(start, min(start + step, V)) for start in range(0, V, step)]
+
+
+def gradient_slices(weight: Tensor, dtype: torch.dtype) -> list[slice]:
+    """The slices in which d weight is summed in `dtype`; one where it needs no rounding afterwards."""
     V, H = weight.shape
-    step = V if weight.dtype == dtype else max(1, WEIGHT_TILE_BYTES // (max(H, 1) * dtype.itemsize))
-    for start in range(0, V, step):
-        columns = slice(start, min(start + step, V))
-        yield columns, weight[columns].to(dtype)
+    return [slice(0, V)] if weight.dtype == dtype else vocabulary_slices(V, H, dtype, GRADIENT_SLICE_BYTES)
+
+
+def weight_tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the vocabulary with their weight rows in `dtype`, valid until the next one: they share one tile."""
+    if weight.dtype == dtype:
+        yield slice(0, weight.shape[0]), weight
+        return
+    V, H = weight.shape
+    slices = vocabulary_slices(V, H, dtype, WEIGHT_TILE_BYTES)
+    tile = weight.new_empty((slices[0].stop, H), dtype=dtype)
+    for columns in slices:
+        yield columns, tile[: columns.stop - columns.start].copy_(weight[columns])
 
 
 def project(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -165,45 +184,50 @@ def project(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tens
     return out
 
 
-def project_back(d_logits: Tensor, weight: Tensor) -> Tensor:
-    """d hidden = d logits W [n, H], 2nHV FLOPs."""
-    d_hidden = None
+def project_back(d_logits: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """out = d hidden = d logits W [n, H], 2nHV FLOPs."""
     for columns, w in weight_tiles(weight, d_logits.dtype):
-        if d_hidden is None:
-            d_hidden = d_logits[:, columns] @ w
+        if columns.start == 0:
+            torch.mm(d_logits[:, columns], w, out=out)
         else:
-            d_hidden.addmm_(d_logits[:, columns], w)
-    assert d_hidden is not None
-    return d_hidden
+            out.addmm_(d_logits[:, columns], w)
+    return out
 
 
 class HeadGradients:
-    """d hidden, d weight and d bias in the statistics' dtype, filled chunk by chunk; what is not needed stays empty."""
+    """d hidden, d weight and d bias in the statistics' dtype, filled chunk by chunk; what is not needed stays empty.
+
+    d weight is a list: the whole [V, H], or of a low-precision weight its slices of the vocabulary, one after another.
+    """
 
     def __init__(self, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], dtype: torch.dtype) -> None:
         self.needs = needs
-        V, N = weight.shape[0], hidden.shape[0]
-        self.hidden = hidden.new_zeros((N if needs[0] else 0, hidden.shape[1]), dtype=dtype)
+        V, H = weight.shape
+        self.hidden = hidden.new_zeros((hidden.shape[0] if needs[0] else 0, H), dtype=dtype)
+        self._slices = gradient_slices(weight, dtype) if needs[1] else []
         # The first chunk writes d weight, the others add to it: zeroing it first is one more sweep over V x H.
-        self._weight = weight.new_empty((V if needs[1] else 0, weight.shape[1]), dtype=dtype)
+        self._weight = [weight.new_empty((s.stop - s.start, H), dtype=dtype) for s in self._slices]
         self._written = False
         self.bias = weight.new_zeros(V if needs[2] else 0, dtype=dtype)
 
     @property
-    def weight(self) -> Tensor:
-        return self._weight if self._written else self._weight.zero_()
+    def weight(self) -> list[Tensor]:
+        return self._weight if self._written else [x.zero_() for x in self._weight]
 
     def add(self, rows: Rows, h: Tensor, weight: Tensor, d_logits: Tensor) -> None:
         """Two GEMMs: d_hidden[rows] = d logits W, d_weight += d logits^T h (4nHV FLOPs)."""
         if d_logits.shape[0] == 0:
             return
-        if self.needs[0]:
-            self.hidden[rows] = project_back(d_logits, weight)
-        if self.needs[1] and self._written:
-            self._weight.addmm_(d_logits.t(), h)
-        elif self.needs[1]:
-            torch.mm(d_logits.t(), h, out=self._weight)
-            self._written = True
+        if self.needs[0] and isinstance(rows, slice):
+            project_back(d_logits, weight, self.hidden[rows])
+        elif self.needs[0]:
+            self.hidden[rows] = project_back(d_logits, weight, torch.empty_like(h))
+        for columns, sum_ in zip(self._slices, self._weight, strict=True):
+            if self._written:
+                sum_.addmm_(d_logits[:, columns].t(), h)
+            else:
+                torch.mm(d_logits[:, columns].t(), h, out=sum_)
+        self._written = True
         if self.needs[2]:
             self.bias.add_(d_logits.sum(0))
 

@@ -9,6 +9,7 @@ None can be differentiated twice: the reference backend can.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.autograd import Function
 from rlcore.algorithms.vocab_head_inputs import cast
 from rlcore.ops import vocab_head_raw as raw
 
+Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype | None]
 USE_REFERENCE = 'use `with rl.backend("reference"):` around the forward pass'
 
 
@@ -27,8 +29,31 @@ def refuse_double_backward() -> None:
         raise RuntimeError(f"rlcore's fused head can not be differentiated twice (create_graph=True); {USE_REFERENCE}")
 
 
-def as_given(gradient: Tensor, needed: bool, dtype: torch.dtype) -> Tensor | None:
-    return gradient.to(dtype) if needed else None
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def as_given(hidden: Tensor, weight: list[Tensor], bias: Tensor, needs: Sequence[bool], dtypes: Dtypes) -> Gradients:
+    """d hidden, d weight and d bias in the inputs' dtypes, None where not needed; `weight` is emptied."""
+    return (
+        hidden.to(dtypes[0]) if needs[0] else None,
+        assembled(weight, dtypes[1]) if needs[1] else None,
+        bias.to(dtypes[2]) if needs[2] and dtypes[2] is not None else None,
+    )
+
+
+def assembled(slices: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """d weight [V, H] of its slices, each given back as soon as it is copied: two whole ones never exist."""
+    if len(slices) == 1:
+        return slices[0].to(dtype)
+    if torch.compiler.is_compiling():  # compiled code gives back what it has read by itself
+        return torch.cat([x.to(dtype) for x in slices])
+    whole = slices[0].new_empty((sum(len(x) for x in slices), slices[0].shape[1]), dtype=dtype)
+    start = 0
+    while slices:
+        x = slices.pop(0)
+        whole[start : start + len(x)] = x
+        start += len(x)
+    return whole
 
 
 class LinearLogprob(Function):
@@ -59,8 +84,10 @@ class LinearLogprob(Function):
         if d_logp is None:
             d_logp = torch.zeros_like(logp)
         needs = list(ctx.needs_input_grad[:3])
-        out = raw.linear_logprob_backward(*head, [maximum, log_sum, logp, H], d_logp, d_entropy, needs)
-        return (*(as_given(*x) for x in zip(out, needs, ctx.dtypes, strict=True)), *nothing)
+        d_hidden, d_weight, d_bias = raw.linear_logprob_backward(
+            *head, [maximum, log_sum, logp, H], d_logp, d_entropy, needs
+        )
+        return (*as_given(d_hidden, d_weight, d_bias, needs, ctx.dtypes), *nothing)
 
 
 class FrozenLogprob(Function):
@@ -98,9 +125,10 @@ class LinearPolicyLoss(Function):
         head = (cast(hidden, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype))
         fields = [tensors[i] for i in places]
         numbers, batch = fields[:n_numbers], fields[n_numbers:]
-        loss, metrics, *stored = raw.linear_policy_loss(
+        loss, metrics, d_hidden, d_weight, d_bias = raw.linear_policy_loss(
             *head, temperature, softcap, logit_scale, objective, numbers, batch, prepared, list(needs)
         )
+        stored = [d_hidden, d_bias, *d_weight]
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
@@ -125,8 +153,9 @@ class LinearPolicyLoss(Function):
                     f"rlcore's folded loss runs backward once: it scales its gradients in place; {USE_REFERENCE}"
                 )
             scaled, ctx.stored = [x.mul_(d_loss) for x in ctx.stored], None
-        needs = ctx.needs_input_grad[:3]
-        return (*(as_given(*x) for x in zip(scaled, needs, ctx.dtypes, strict=True)), *nothing)
+        d_hidden, d_bias, d_weight = scaled[0], scaled[1], scaled[2:]
+        scaled.clear()
+        return (*as_given(d_hidden, d_weight, d_bias, ctx.needs_input_grad[:3], ctx.dtypes), *nothing)
 
 
 class Logprob(Function):

@@ -20,7 +20,7 @@ from rlcore.layout import TokenBatch
 from rlcore.ops.vocab_head_native import row_passes
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
-Gradients = tuple[Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, list[Tensor], Tensor]
 
 
 def no_autocast(x: Tensor) -> torch.autocast:
@@ -82,7 +82,7 @@ def linear_logprob_backward(
     d_entropy: Tensor | None,
     needs: Sequence[bool],
 ) -> Gradients:
-    """6NHV over the rows that have a coefficient: (d_hidden [N, H], d_weight [V, H], d_bias [V])."""
+    """6NHV over the rows that have a coefficient: (d_hidden [N, H], the slices of d_weight [V, H], d_bias [V])."""
     with no_autocast(hidden):
         scale = Scale(temperature, softcap, logit_scale)
         gradients = chunks.HeadGradients(hidden, weight, (needs[0], needs[1], needs[2]), logit_scale.dtype)
@@ -95,9 +95,10 @@ def linear_logprob_backward(
 
 def empty_gradients(hidden: Tensor, weight: Tensor, like: Tensor, needs: Sequence[bool]) -> Gradients:
     N, V, H = hidden.shape[0], weight.shape[0], hidden.shape[1]
+    slices = chunks.gradient_slices(weight, like.dtype) if needs[1] else []
     return (
         like.new_empty((N if needs[0] else 0, H)),
-        like.new_empty((V if needs[1] else 0, H)),
+        [like.new_empty((s.stop - s.start, H)) for s in slices],
         like.new_empty((V if needs[2] else 0,)),
     )
 
@@ -167,8 +168,8 @@ def linear_policy_loss(
     batch: Sequence[Tensor | None],
     prepared: bool,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """6NHV: (loss, metrics [K], d_hidden [N, H], d_weight [V, H], d_bias [V]); 2NHV where nothing is needed.
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
+    """6NHV, or 2NHV where no gradient is: (loss, metrics [K], d_hidden [N, H], d_weight [V, H] in slices, d_bias [V]).
 
     `objective` is the key under which the objective's structure is registered, `numbers` are its numbers, `batch` is
     `TokenBatch.tensors()`; the metrics are in the order of `metric_names`.
@@ -198,7 +199,7 @@ def _(
     batch: Sequence[Tensor | None],
     prepared: bool,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
     rows = TokenBatch.from_tensors(list(batch), prepared=prepared)
     names = metric_names(rows, lookup(objective, numbers), entropy=True)
     gradients = empty_gradients(hidden, weight, logit_scale, needs)

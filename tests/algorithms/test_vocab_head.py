@@ -149,7 +149,7 @@ def test_folded_and_frozen_take_leaves_that_require_grad():
     case = make("random", "bias").fresh()
     batch = TokenBatch(case.target, torch.tensor([0, 47]), advantage=torch.randn(47))
     out = vh.folded(case.hidden, case.weight, batch, Objective(), case.bias)
-    assert not any(x.requires_grad for x in (out.loss, out.d_hidden, out.d_weight, out.d_bias))
+    assert not any(x.requires_grad for x in (out.loss, out.d_hidden, *out.d_weight, out.d_bias))
     scores, slope = vh.frozen_head(case.hidden, case.weight, case.target, case.bias)
     assert not scores.logp.requires_grad and not slope.requires_grad
 

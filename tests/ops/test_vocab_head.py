@@ -331,10 +331,11 @@ def test_d_weight_is_not_rounded_between_chunks(monkeypatch):
     assert errors[1] <= 1.01 * errors[0]
 
 
-def test_low_precision_weights_are_upcast_by_tiles(monkeypatch):
+@pytest.mark.parametrize("bound", ["WEIGHT_TILE_BYTES", "GRADIENT_SLICE_BYTES"])
+def test_low_precision_weights_are_upcast_and_summed_by_slices(monkeypatch, bound):
     case = make("random", "bias", torch.bfloat16)
     expected = run(case)
-    monkeypatch.setattr(chunks, "WEIGHT_TILE_BYTES", 31 * 4 * 10)
+    monkeypatch.setattr(chunks, bound, 31 * 4 * 10)
     found = run(case)
     for x, y in zip(flatten(found), flatten(expected), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-2 if x.dtype == torch.bfloat16 else 1e-5, atol=1e-5)

@@ -408,3 +408,25 @@ def test_gradients_that_come_in_on_masked_rows_are_not_read(frozen):
     clean = torch.autograd.grad(logp, hidden, mask.float(), retain_graph=True)[0]
     dirty = torch.autograd.grad(logp, hidden, torch.where(mask, 1.0, torch.nan))[0]
     assert torch.equal(clean, dirty) and not dirty[~mask].any()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_weight_gradients_are_put_together_from_slices(monkeypatch, dtype, compiled):
+    """The sums are those of one whole: kept in fp32 until the incoming gradient is applied, then rounded once."""
+    case = make("random", "bias", dtype)
+    batch = batch_of(case)
+
+    def loss(hidden, weight, bias):
+        return linear_policy_loss(hidden, weight, batch, Objective(), bias, **case.numbers())[0]
+
+    def gradients(rows):
+        monkeypatch.setattr(chunks, "GRADIENT_SLICE_BYTES", rows * case.hidden.shape[-1] * 4)
+        torch._dynamo.reset()
+        function = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
+        leaves = case.fresh().leaves
+        return torch.autograd.grad(1024.0 * function(*leaves), leaves)
+
+    for x, y in zip(gradients(rows=50), gradients(rows=10**6), strict=True):
+        assert x.dtype == dtype
+        assert torch.equal(x, y)
