@@ -48,8 +48,16 @@ train: $(TRAIN_READY) ## train with the default configuration; ARGS="--seed 1" a
 test: lint types ## lint, types and all tests but the long ones
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not peers" $(ARGS)
 
-test-full: lint types ## the same with the long tests
+test-full: lint types ## the same with the long tests, then asan and tsan
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not peers" --timeout 1800 $(ARGS)
+	$(VENV)/bin/python tests/sanitizers.py address
+	$(VENV)/bin/python tests/sanitizers.py thread
+
+asan: $(TEST_READY) ## the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(VENV)/bin/python tests/sanitizers.py address $(ARGS)
+
+tsan: $(TEST_READY) ## the native tests under ThreadSanitizer
+	$(VENV)/bin/python tests/sanitizers.py thread $(ARGS)
 
 test-peers: $(PEERS_READY) ## comparisons with other libraries, in an environment of their own
 	$(PEERS_VENV)/bin/python -m pytest -m peers --timeout 1800 $(ARGS)
@@ -129,4 +137,4 @@ define finish
 	@touch $(2)
 endef
 
-.PHONY: help train test test-full test-peers bench bench-peers lint types clean torch-index
+.PHONY: help train test test-full asan tsan test-peers bench bench-peers lint types clean torch-index
