@@ -35,7 +35,7 @@ OPTIONS = {
 # torch.compile has no part in the native code; the instruction sets have runs of their own.
 LEFT_OUT = ("compile", "every_instruction_set")
 ISAS = ["avx512", "avx2", "baseline"]
-VECTOR_FAMILIES = "vocab_head or policy_loss"  # RLCORE_VECTOR_SOURCES of csrc/CMakeLists.txt
+VECTOR_FAMILIES = "vocab_head or policy_loss or prefix_attention"  # RLCORE_VECTOR_SOURCES of csrc/CMakeLists.txt
 
 
 # ---- the plugin
