@@ -12,6 +12,7 @@ from measure import check
 from torch import Tensor
 
 import rlcore as rl
+from rlcore.algorithms import prefix_attention as composition
 
 
 def packed_rows(groups: int, responses: int, prompt: int, response: int) -> Tensor:
@@ -50,6 +51,42 @@ def test_attention(compare: Callable[..., float], run: Any) -> None:
                 for x, g in zip((q, k, v), gradients, strict=True)]  # fmt: skip
     check("prefix_attention", ours(), (loss, *expected), tolerance=1e-3)
     compare("prefix_attention", ours, plain, "torch SDPA, repeated prompts", seconds=2.0, speedup=True)
+
+
+@pytest.mark.parametrize("passes", ["forward", "forward and backward"])
+@pytest.mark.parametrize("shape", ["short responses", "long responses"])
+def test_flash_calls(compare: Callable[..., float], run: Any, shape: str, passes: str) -> None:
+    """The op beside nothing but the flash attention calls of its torch composition, on blocks that lie ready."""
+    prompt, responses, length = (512, 8, 64) if shape == "short responses" else (128, 16, 128)
+    prompt, length = (prompt // 16, length // 16) if run.quick else (prompt, length)
+    tree = rl.PrefixTree.from_groups([[1] * prompt], [[[2] * length] * responses])
+    q, k, v, do = (torch.randn(tree.M, heads, 32) for heads in (8, 4, 4, 8))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    scale = 32**-0.5
+    table = tree.node_table
+    calls = []
+    for part in composition.plan(table):
+        rows, keys = (part.queries, part.query_slice), (part.keys, part.key_slice)
+        blocks = [composition.blocks(q, *rows), composition.blocks(k, *keys), composition.blocks(v, *keys)]
+        calls.append((blocks, composition.blocks(do, *rows), part.own and part.mask is None, part.bias(q.dtype)))
+
+    def forward() -> list[tuple[Tensor, Tensor]]:
+        return [composition.flash(*x, 0.0, causal, attn_mask=bias, scale=scale) for x, _, causal, bias in calls]
+
+    def both() -> None:
+        for (o, lse), (x, part_do, causal, bias) in zip(forward(), calls, strict=True):
+            composition.flash_backward(part_do, *x, o, lse, 0.0, causal, attn_mask=bias, scale=scale)
+
+    def ours() -> tuple[Tensor, ...]:
+        o = rl.prefix_attention(*leaves, tree)
+        return (o.detach(), *torch.autograd.grad(o, leaves, do))
+
+    o, lse = composition.composed_forward(q, k, v, table, scale, None)
+    expected = composition.composed_backward(do, q, k, v, o, lse, table, scale, None)[:3]
+    check("flash calls", ours(), (o, *(x for x in expected if x is not None)), tolerance=1e-4)
+    what = f"prompt {prompt}, {responses} responses x {length}"
+    pair = (lambda: rl.prefix_attention(q, k, v, tree), forward) if passes == "forward" else (ours, both)
+    compare(f"{passes}, {what}", *pair, "flash attention calls alone", seconds=2.0, speedup=True)
 
 
 def test_policy_update(compare: Callable[..., float], run: Any) -> None:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from rlcore.algorithms.prefix_attention_plan import Part, plan
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 # Older CPU flash attention takes fewer key heads than query heads without complaint and reads past their end.
 _SHARES_KEY_HEADS = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 11)
@@ -75,7 +75,7 @@ def visible(
     return mask
 
 
-def _blocks(x: Tensor, rows: Tensor, run: slice | None) -> Tensor:
+def blocks(x: Tensor, rows: Tensor, run: slice | None) -> Tensor:
     """x [M, H, D] -> [B, H, L, D] of the rows [B, L]: a view for one run, a copy otherwise."""
     taken = x[run][None] if run is not None else x.index_select(0, rows.flatten()).unflatten(0, rows.shape)
     return taken.transpose(1, 2)
@@ -113,10 +113,10 @@ def composed_forward(
     o = torch.empty(M, Hq, D, dtype=work)
     lse = torch.empty(M, Hq, dtype=work)
     for part in plan(node_table):
-        part_o, part_lse = _flash(
-            _blocks(q, part.queries, part.query_slice),
-            _blocks(k, part.keys, part.key_slice),
-            _blocks(v, part.keys, part.key_slice),
+        part_o, part_lse = flash(
+            blocks(q, part.queries, part.query_slice),
+            blocks(k, part.keys, part.key_slice),
+            blocks(v, part.keys, part.key_slice),
             0.0,
             part.own and part.mask is None,
             attn_mask=part.bias(q.dtype),
@@ -159,16 +159,16 @@ def composed_backward(
     work = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.zeros(x.shape, dtype=work) for x in (q, k, v))
     for part in plan(node_table):
-        part_do = _blocks(do, part.queries, part.query_slice)
+        part_do = blocks(do, part.queries, part.query_slice)
         if part.padding is not None:
             part_do = part_do.masked_fill(part.padding, 0)
-        grads = _flash_backward(
+        grads = flash_backward(
             part_do,
-            _blocks(q, part.queries, part.query_slice),
-            _blocks(k, part.keys, part.key_slice),
-            _blocks(v, part.keys, part.key_slice),
-            _blocks(o, part.queries, part.query_slice),
-            _blocks(lse.unsqueeze(-1), part.queries, part.query_slice).squeeze(-1),
+            blocks(q, part.queries, part.query_slice),
+            blocks(k, part.keys, part.key_slice),
+            blocks(v, part.keys, part.key_slice),
+            blocks(o, part.queries, part.query_slice),
+            blocks(lse.unsqueeze(-1), part.queries, part.query_slice).squeeze(-1),
             0.0,
             part.own and part.mask is None,
             attn_mask=part.bias(q.dtype),

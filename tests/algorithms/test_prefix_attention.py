@@ -125,6 +125,32 @@ def test_composition_where_flash_attention_does_not_share_key_heads(dtype, monke
     check(composed(tree, 0.4), tree, rows, dtype, True, {}, Hq=4, Hkv=2)
 
 
+@pytest.mark.skipif(not algorithm._SHARES_KEY_HEADS, reason="this torch does not share key heads")
+def test_key_heads_are_not_repeated(monkeypatch):
+    """A call on one run gets views of k and v themselves; others get blocks of Hkv heads, never of Hq."""
+    tree = PrefixTree.from_groups([[1] * 80], [[[2] * 70, [3] * 70, [4] * 5, [5] * 5]])
+    q, k, v, do, _ = problem(tree, torch.float32, Hq=8, Hkv=2)
+    seen = []
+
+    def watch(call, first):
+        def run(*arguments, **options):
+            seen.append(arguments[first : first + 2])
+            return call(*arguments, **options)
+
+        return run
+
+    monkeypatch.setattr(algorithm, "flash", watch(algorithm.flash, 1))
+    monkeypatch.setattr(algorithm, "flash_backward", watch(algorithm.flash_backward, 2))
+    composed(tree, 0.4)(q, k, v, do, None)
+    views = 0
+    for keys, values in seen:
+        assert keys.shape[1] == values.shape[1] == 2
+        shared = [x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr() for x, y in ((keys, k), (values, v))]
+        assert all(shared) or (keys.shape[0] > 1 and not any(shared))
+        views += all(shared)
+    assert views == 8  # the prompt and two answers by themselves and the answers over the prompt, both passes
+
+
 @contextmanager
 def calls_for(small):
     """Plans made with another size up to which blocks share a call."""
