@@ -37,10 +37,11 @@ void expect(bool holds, const char* message) {
 // Checks that the nodes are runs in depth-first order that cover the rows, and cuts each into tiles.
 Problem problem_of(std::uintptr_t node_table, std::int64_t nodes, std::int64_t rows, const View& q, const View& k,
                    const View& v, std::int64_t query_heads, std::int64_t key_heads, std::int64_t size, float scale,
-                   std::uintptr_t sink) {
+                   std::int64_t window, float softcap, std::uintptr_t sink) {
     expect(rows >= 0 && rows < INT32_MAX && nodes >= 0, "rows: expected 0 to 2^31 - 2");
     expect(key_heads > 0 && query_heads > 0 && query_heads % key_heads == 0 && size > 0,
            "heads: expected key heads that divide the query heads, and a size of at least 1");
+    expect(window >= 0 && softcap >= 0.0f, "window, softcap: expected 0 for none, or more");
     const auto* table = pointer<const Node>(node_table, "node_table", nodes == 0);
     const bool none = rows == 0;
     Problem p = {{{table, nodes, 0},
@@ -51,6 +52,8 @@ Problem problem_of(std::uintptr_t node_table, std::int64_t nodes, std::int64_t r
                   key_heads,
                   size,
                   scale,
+                  window,
+                  softcap,
                   pointer<const float>(sink, "sink", true)},
                  rows,
                  {},
@@ -88,8 +91,10 @@ std::unique_ptr<float[]> scratch_of(const Problem& p, bool backward, int threads
 
 void forward(std::uintptr_t node_table, std::int64_t nodes, std::int64_t rows, const View& q, const View& k,
              const View& v, std::int64_t query_heads, std::int64_t key_heads, std::int64_t size, float scale,
-             std::uintptr_t sink, std::uintptr_t o, std::uintptr_t lse, int threads) {
-    const Problem p = problem_of(node_table, nodes, rows, q, k, v, query_heads, key_heads, size, scale, sink);
+             std::int64_t window, float softcap, std::uintptr_t sink, std::uintptr_t o, std::uintptr_t lse,
+             int threads) {
+    const Problem p =
+        problem_of(node_table, nodes, rows, q, k, v, query_heads, key_heads, size, scale, window, softcap, sink);
     const auto scratch = scratch_of(p, false, threads);
     RLCORE_CALL(attention_forward, p.attention, p.tiles.data(), static_cast<std::int64_t>(p.tiles.size()),
                 scratch.get(), pointer<float>(o, "o", rows == 0), pointer<float>(lse, "lse", rows == 0), threads);
@@ -97,10 +102,11 @@ void forward(std::uintptr_t node_table, std::int64_t nodes, std::int64_t rows, c
 
 void backward(std::uintptr_t node_table, std::int64_t nodes, std::int64_t rows, const View& q, const View& k,
               const View& v, std::int64_t query_heads, std::int64_t key_heads, std::int64_t size, float scale,
-              const View& dout, const View& o, std::uintptr_t lse, std::int64_t slices, std::uintptr_t dq,
-              std::uintptr_t dk, std::uintptr_t dv, int threads) {
+              std::int64_t window, float softcap, const View& dout, const View& o, std::uintptr_t lse,
+              std::int64_t slices, std::uintptr_t dq, std::uintptr_t dk, std::uintptr_t dv, int threads) {
     expect(slices >= 1, "slices: expected at least 1");
-    const Problem p = problem_of(node_table, nodes, rows, q, k, v, query_heads, key_heads, size, scale, 0);
+    const Problem p =
+        problem_of(node_table, nodes, rows, q, k, v, query_heads, key_heads, size, scale, window, softcap, 0);
     const auto scratch = scratch_of(p, true, threads);
     const bool none = rows == 0;
     RLCORE_CALL(attention_backward, p.attention, p.tiles.data(), p.trees.data(),

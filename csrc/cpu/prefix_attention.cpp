@@ -102,7 +102,8 @@ void multiply(const Product& p, std::int64_t rows, std::int64_t vectors) {
 // ---- a tile and its path ------------------------------------------------------------------------------------------
 
 struct Work {
-    std::int32_t* path;  // rows that the tile's last query sees, from the root on
+    std::int32_t* path;  // rows from the root to the tile's last query; those before `begin` are not filled in
+    std::int64_t begin;  // no query sees a key before it
     std::int64_t keys;
     std::int32_t rank[kTile];  // place on the path of each query's own row; the last key that it sees
     std::int64_t row[kTile];
@@ -126,10 +127,12 @@ void enter(const Attention& a, const Tile& tile, std::int64_t key_head, Work& w)
         w.rank[i] = static_cast<std::int32_t>(above + query / ratio);
     }
     w.keys = w.rank[w.lanes - 1] + 1;
+    w.begin = a.window > 0 && w.rank[0] >= a.window ? w.rank[0] - a.window + 1 : 0;
     for (std::int64_t i = 0; above + i < w.keys; ++i) w.path[above + i] = static_cast<std::int32_t>(start + i);
     std::int64_t at = above;
-    for (std::int64_t k = nodes[tile.node].parent; k >= 0; k = nodes[k].parent) {
-        for (std::int64_t r = nodes[k].stop; r-- > nodes[k].start;) w.path[--at] = static_cast<std::int32_t>(r);
+    for (std::int64_t k = nodes[tile.node].parent; k >= 0 && at > w.begin; k = nodes[k].parent) {
+        for (std::int64_t r = nodes[k].stop; r-- > nodes[k].start && at > w.begin;)
+            w.path[--at] = static_cast<std::int32_t>(r);
     }
 }
 
@@ -163,15 +166,28 @@ void rows_of(const Heads& x, const Attention& a, const Work& w, float factor, fl
     }
 }
 
-// Queries that do not see a key yet get -inf there. `first` is the path rank of the block's first key.
-void hide(const Work& w, std::int64_t first, std::int64_t n, float* s) {
-    if (first + n - 1 <= w.rank[0]) return;
+void cap(const Work& w, std::int64_t n, float softcap, float* s) {
+    for (std::int64_t j = 0; j < n; ++j) {
+        for (std::int64_t v = 0; v < w.vectors; ++v) {
+            float* at = s + j * kTile + v * kLanes;
+            store(at, softcap * tanh_of(load(at) / softcap));
+        }
+    }
+}
+
+// Queries get -inf at keys that come after them or lie before their window. `first` is the rank of the block's first
+// key.
+void hide(const Work& w, std::int64_t window, std::int64_t first, std::int64_t n, float* s) {
+    const bool whole = window == 0 || first > w.rank[w.lanes - 1] - window;
+    if (whole && first + n - 1 <= w.rank[0]) return;
+    const auto reach = static_cast<std::int32_t>(window > 0 && window < w.keys ? window : w.keys);
     for (std::int64_t v = 0; v < w.vectors; ++v) {
         Ints rank;
         std::memcpy(&rank, w.rank + v * kLanes, sizeof(rank));
         for (std::int64_t j = 0; j < n; ++j) {
             float* at = s + j * kTile + v * kLanes;
-            store(at, select(rank >= static_cast<std::int32_t>(first + j), load(at), broadcast(kLowest)));
+            const Ints after = rank - static_cast<std::int32_t>(first + j);
+            store(at, select((after >= 0) & (after < reach), load(at), broadcast(kLowest)));
         }
     }
 }
@@ -191,13 +207,15 @@ void soften(const Work& w, std::int64_t n, float* s, Running& run, float* factor
             const Floats x = load(at + j * kTile);
             top = select(x > top, x, top);
         }
+        // A query whose window begins behind this block has seen nothing yet: -inf - -inf would be NaN.
+        const Floats base = select(top == kLowest, Floats{}, top);
         Floats sum = Floats{};
         for (std::int64_t j = 0; j < n; ++j) {
-            const Floats e = exp_of(load(at + j * kTile) - top);
+            const Floats e = exp_of(load(at + j * kTile) - base);
             store(at + j * kTile, e);
             sum += e;
         }
-        const Floats shrink = exp_of(before - top);
+        const Floats shrink = exp_of(before - base);
         store(factor + v * kLanes, shrink);
         store(run.top + v * kLanes, top);
         store(run.sum + v * kLanes, load(run.sum + v * kLanes) * shrink + sum);
@@ -231,15 +249,16 @@ void forward_tile(const Attention& a, const Tile& tile, std::int64_t key_head, f
         run.top[i] = kLowest;
         run.sum[i] = 0.0f;
     }
-    for (std::int64_t first = 0; first < w.keys; first += kKeys) {
+    for (std::int64_t first = w.begin; first < w.keys; first += kKeys) {
         const std::int64_t n = w.keys - first < kKeys ? w.keys - first : kKeys;
         gather(a.k, a, key_head, w.path + first, n, k);
         gather(a.v, a, key_head, w.path + first, n, v);
         multiply<false>({k, D, 1, D, qt, kTile, s, kTile}, n, w.vectors);
-        hide(w, first, n, s);
+        if (a.softcap > 0.0f) cap(w, n, a.softcap, s);
+        hide(w, a.window, first, n, s);
         soften(w, n, s, run, factor);
         const Product update = {v, 1, D, n, s, kTile, ot, kTile};
-        if (first == 0) {
+        if (first == w.begin) {
             multiply<false>(update, D, w.vectors);
         } else {
             shrink(w, D, factor, ot);
@@ -266,16 +285,24 @@ void forward_tile(const Attention& a, const Tile& tile, std::int64_t key_head, f
 
 // ---- backward -----------------------------------------------------------------------------------------------------
 
-// s = scores -> p = exp(s - lse); dp -> ds = p (dp - delta). Lanes past the last query have p = 0.
-void differentiate(const Work& w, std::int64_t n, const float* lse, const float* delta, float* s, float* dp) {
+// s = scores z -> p = exp(z - lse); dp -> ds = p (dp - delta), under a softcap times its slope 1 - (z / softcap)^2.
+// Lanes past the last query have p = 0.
+void differentiate(const Work& w, std::int64_t n, float softcap, const float* lse, const float* delta, float* s,
+                   float* dp) {
     for (std::int64_t v = 0; v < w.vectors; ++v) {
         const Floats l = load(lse + v * kLanes);
         const Floats mean = load(delta + v * kLanes);
         for (std::int64_t j = 0; j < n; ++j) {
             const std::int64_t at = j * kTile + v * kLanes;
-            const Floats p = exp_of(load(s + at) - l);
+            const Floats z = load(s + at);
+            const Floats p = exp_of(z - l);
+            Floats ds = p * (load(dp + at) - mean);
+            if (softcap > 0.0f) {
+                const Floats t = select(z == kLowest, Floats{}, z / softcap);
+                ds *= 1.0f - t * t;
+            }
             store(s + at, p);
-            store(dp + at, p * (load(dp + at) - mean));
+            store(dp + at, ds);
         }
     }
 }
@@ -319,21 +346,22 @@ void backward_tile(const Attention& a, const Tile& tile, std::int64_t key_head, 
         const float* x = o.data + w.row[i] * o.row_stride + w.head[i] * o.head_stride;
         for (std::int64_t d = 0; d < D; ++d) delta[i] += x[d] * dor[i * pitch + d];
     }
-    for (std::int64_t first = 0; first < w.keys; first += kKeys) {
+    for (std::int64_t first = w.begin; first < w.keys; first += kKeys) {
         const std::int64_t n = w.keys - first < kKeys ? w.keys - first : kKeys;
         const std::int32_t* rows = w.path + first;
         gather(a.k, a, key_head, rows, n, k);
         gather(a.v, a, key_head, rows, n, v);
         multiply<false>({k, D, 1, D, qt, kTile, s, kTile}, n, w.vectors);
-        hide(w, first, n, s);
+        if (a.softcap > 0.0f) cap(w, n, a.softcap, s);
+        hide(w, a.window, first, n, s);
         multiply<false>({v, D, 1, D, dot, kTile, dp, kTile}, n, w.vectors);
-        differentiate(w, n, total, delta, s, dp);
+        differentiate(w, n, a.softcap, total, delta, s, dp);
         multiply<false>({s, kTile, 1, w.lanes, dor, pitch, sums, pitch}, n, pitch / kLanes);
         add_rows(a, key_head, rows, n, sums, dv);
         multiply<false>({dp, kTile, 1, w.lanes, qr, pitch, sums, pitch}, n, pitch / kLanes);
         add_rows(a, key_head, rows, n, sums, dk);
         const Product update = {k, 1, D, n, dp, kTile, dqt, kTile};
-        if (first == 0) {
+        if (first == w.begin) {
             multiply<false>(update, D, w.vectors);
         } else {
             multiply<true>(update, D, w.vectors);

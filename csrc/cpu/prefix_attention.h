@@ -30,7 +30,8 @@ struct Forest {
     std::int64_t longest;  // rows of the longest path
 };
 
-// Query head h reads key head h / (query_heads / key_heads).
+// Query head h reads key head h / (query_heads / key_heads). Scores are scale * q . k, then softcap * tanh(. / softcap)
+// unless softcap is 0; a query sees the last `window` rows of its path, all of them if window is 0.
 struct Attention {
     Forest forest;
     Heads q;
@@ -40,6 +41,8 @@ struct Attention {
     std::int64_t key_heads;
     std::int64_t size;  // D, of keys and of values
     float scale;
+    std::int64_t window;
+    float softcap;
     const float* sink;  // [query_heads] or null
 };
 

@@ -28,8 +28,8 @@ def _forward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    if _composes(q, window, softcap) and native.runs(q):
-        return native.forward(q, k, v, node_table, scale, sink)
+    if native.runs(q):
+        return native.forward(q, k, v, node_table, scale, window, softcap, sink)
     if _composes(q, window, softcap):
         return algorithm.composed_forward(q, k, v, node_table, scale, sink)
     return algorithm.blocked_forward(q, k, v, end, position, node_table, scale, window, softcap, sink)
@@ -67,8 +67,8 @@ def _backward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if _composes(q, window, softcap) and native.runs(q):
-        dq, dk, dv, dsink = native.backward(do, q, k, v, o, lse, node_table, scale, sink)
+    if native.runs(q):
+        dq, dk, dv, dsink = native.backward(do, q, k, v, o, lse, node_table, scale, window, softcap, sink)
     elif _composes(q, window, softcap):
         dq, dk, dv, dsink = algorithm.composed_backward(do, q, k, v, o, lse, node_table, scale, sink)
     else:
@@ -161,8 +161,8 @@ def prefix_attention(
 
     q [M, Hq, D], k [M, Hkv, D], v [M, Hkv, Dv], Hkv divides Hq; sink [Hq]; returns [M, Hq, Dv] in q's dtype. float32,
     float64, bfloat16 and float16, any strides; under autocast the inputs are cast as scaled_dot_product_attention does.
-    scale defaults to D ** -0.5. On CPU without window and softcap it is composed of flash attention calls; otherwise
-    dense in bounded blocks.
+    scale defaults to D ** -0.5. On a CPU it runs in C++; in float64 or where that was not built, composed of flash
+    attention calls if there is no window and no softcap; otherwise dense in bounded blocks.
     `backend("reference")` runs the dense reference, which can be differentiated twice.
     Raises ValueError or TypeError naming the argument.
     """

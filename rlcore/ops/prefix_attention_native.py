@@ -1,7 +1,7 @@
 """prefix_attention in C++ on the CPU: one pass over the paths, without a plan, padding, gathers of blocks or merges.
 
 float32 throughout; bfloat16 and float16 are widened first, which on a CPU is faster than flash attention in them.
-float64 and machines without the extension take `algorithms.prefix_attention`'s composition.
+float64 and machines without the extension take the composition and the blocks of `algorithms.prefix_attention`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,16 @@ def runs(q: Tensor) -> bool:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, node_table: Tensor, scale: float, sink: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    node_table: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sink: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(o [M, Hq, D] in q's dtype, lse [M, Hq] float32); shapes as in `algorithms.prefix_attention.composed_forward`."""
+    """(o [M, Hq, D] in q's dtype, lse [M, Hq] float32); shapes as in `algorithms.prefix_attention.blocked_forward`."""
     module = backend.native()
     assert module is not None
     dtype = q.dtype
@@ -42,8 +49,8 @@ def forward(
     o, lse = torch.empty(q.shape), torch.empty(q.shape[:2])
     table = node_table.contiguous()
     module.prefix_attention_forward(
-        table.data_ptr(), table.shape[0], q.shape[0], _view(q), _view(k), _view(v), q.shape[1], k.shape[1], q.shape[2],
-        scale, 0 if s is None else s.data_ptr(), o.data_ptr(), lse.data_ptr(), torch.get_num_threads(),
+        *_problem(table, q, k, v), scale, window or 0, softcap or 0.0, 0 if s is None else s.data_ptr(), o.data_ptr(),
+        lse.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return o.to(dtype), lse
 
@@ -57,6 +64,8 @@ def backward(
     lse: Tensor,
     node_table: Tensor,
     scale: float,
+    window: int | None,
+    softcap: float | None,
     sink: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, dsink) in the dtypes of q, k, v and the sink."""
@@ -69,9 +78,8 @@ def backward(
     slices = -(-_TASKS // (trees * k.shape[1]))
     dq, dk, dv = torch.empty(q.shape), torch.zeros(slices, *k.shape), torch.zeros(slices, *v.shape)
     module.prefix_attention_backward(
-        table.data_ptr(), table.shape[0], q.shape[0], _view(q), _view(k), _view(v), q.shape[1], k.shape[1], q.shape[2],
-        scale, _view(do), _view(o), lse.data_ptr(), slices, dq.data_ptr(), dk.data_ptr(), dv.data_ptr(),
-        torch.get_num_threads(),
+        *_problem(table, q, k, v), scale, window or 0, softcap or 0.0, _view(do), _view(o), lse.data_ptr(), slices,
+        dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     dk, dv = (x.sum(0) if slices > 1 else x[0] for x in (dk, dv))
     return dq.to(dtype), dk.to(dtype), dv.to(dtype), sink_gradient(do, o, lse, sink)
@@ -80,6 +88,12 @@ def backward(
 def _wide(x: Tensor) -> Tensor:
     x = x.float()
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _problem(table: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, View, View, View, int, int, int]:
+    """The tensors as both passes of the extension want them; the caller keeps them alive."""
+    M, Hq, D = q.shape
+    return table.data_ptr(), table.shape[0], M, _view(q), _view(k), _view(v), Hq, k.shape[1], D
 
 
 def _view(x: Tensor) -> View:

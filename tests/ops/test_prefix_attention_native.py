@@ -38,6 +38,10 @@ def forests():
         yield name, PrefixTree.from_paths(paths), oracle.trie_rows(paths)
 
 
+OPTIONS = {
+    "window": {"window": 3}, "wide window": {"window": 70}, "softcap": {"softcap": 1.5},
+    "large softcap": {"softcap": 50.0}, "both": {"window": 2, "softcap": 0.7},
+}  # fmt: skip
 FORESTS = {name: (tree, rows) for name, tree, rows in forests()}
 
 
@@ -47,31 +51,33 @@ def problem(tree, dtype=torch.float32, Hq=4, Hkv=2, D=8, sink=True):
     return q, k, v, do, torch.randn(Hq, dtype=torch.float64).to(dtype) if sink else None
 
 
-def run(tree, q, k, v, do, sink, scale=0.4):
-    o, lse = native.forward(q, k, v, tree.node_table, scale, sink)
-    gradients = native.backward(do, q, k, v, o, lse, tree.node_table, scale, sink)
+def run(tree, q, k, v, do, sink, scale=0.4, window=None, softcap=None):
+    o, lse = native.forward(q, k, v, tree.node_table, scale, window, softcap, sink)
+    gradients = native.backward(do, q, k, v, o, lse, tree.node_table, scale, window, softcap, sink)
     return (o, *gradients) if sink is not None else (o, *gradients[:3])
 
 
-def plain(tree, q, k, v, do, sink, scale=0.4):
+def plain(tree, q, k, v, do, sink, scale=0.4, window=None, softcap=None):
     """Textbook attention with everything in the inputs' dtype: what the error rule compares with."""
     leaves = [x.clone().requires_grad_() for x in (q, k, v, sink) if x is not None]
     ratio = q.shape[1] // k.shape[1]
     K, V = (x.repeat_interleave(ratio, dim=1).transpose(0, 1) for x in leaves[1:3])
     z = leaves[0].transpose(0, 1) @ K.transpose(1, 2) * scale
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
     rows = torch.arange(tree.M)
-    z = z.masked_fill(~algorithm.visible(rows, rows, tree.end, tree.position, tree.position, None), -torch.inf)
+    z = z.masked_fill(~algorithm.visible(rows, rows, tree.end, tree.position, tree.position, window), -torch.inf)
     if sink is not None:
         z = torch.cat([z, leaves[3][:, None, None].expand(-1, tree.M, 1)], dim=-1)
     o = (torch.softmax(z, dim=-1)[..., : tree.M] @ V).transpose(0, 1)
     return (o, *torch.autograd.grad(o, leaves, do))
 
 
-def check(tree, rows, inputs, scale=0.4):
+def check(tree, rows, inputs, scale=0.4, **options):
     q, k, v, do, sink = (None if x is None else x.double().numpy() for x in inputs)
-    expected = oracle.attention(q, k, v, rows, scale, sink=sink, do=do)
+    expected = oracle.attention(q, k, v, rows, scale, **options, sink=sink, do=do)
     norm = max(float(abs(g).max()) for g in expected[1:] if g is not None)
-    everything = zip(run(tree, *inputs, scale), expected, plain(tree, *inputs, scale), strict=False)
+    actual, baseline = run(tree, *inputs, scale, **options), plain(tree, *inputs, scale, **options)
+    everything = zip(actual, expected, baseline, strict=False)
     for name, (got, reference, other) in zip(("o", "dq", "dk", "dv", "dsink"), everything, strict=False):
         gradient = name != "o"
         assert got.dtype == inputs[0].dtype
@@ -87,20 +93,28 @@ def test_against_oracle(forest, dtype, heads, sink):
     check(tree, rows, problem(tree, dtype, *heads, sink=sink))
 
 
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("forest", FORESTS)
+def test_windows_and_softcaps_against_oracle(forest, dtype, option):
+    tree, rows = FORESTS[forest]
+    check(tree, rows, problem(tree, dtype), **OPTIONS[option])
+
+
 @pytest.mark.parametrize("D", [1, 3, 15, 16, 17, 33, 64, 100])
 def test_odd_head_sizes(D):
     tree, rows = FORESTS["groups"]
     check(tree, rows, problem(tree, D=D))
 
 
-@given(paths=paths_strategy, heads=st.sampled_from([(1, 1), (2, 1), (6, 2)]))
-@settings(max_examples=40, deadline=None)
-def test_random_tries(paths, heads):
-    check(
-        PrefixTree.from_paths(paths),
-        oracle.trie_rows(paths),
-        problem(PrefixTree.from_paths(paths), torch.float32, *heads, D=4),
-    )
+@given(
+    paths=paths_strategy, heads=st.sampled_from([(1, 1), (2, 1), (6, 2)]), window=st.none() | st.integers(1, 10),
+    softcap=st.sampled_from([None, 0.5, 30.0]),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_random_tries(paths, heads, window, softcap):
+    tree = PrefixTree.from_paths(paths)
+    check(tree, oracle.trie_rows(paths), problem(tree, torch.float32, *heads, D=4), window=window, softcap=softcap)
 
 
 @given(groups=groups_strategy)
@@ -194,7 +208,7 @@ def test_nan_reaches_what_sees_it_and_nothing_else(where):
     q, k, v, _, _ = problem(tree)
     row = 149  # the prompt's last
     {"q": q, "k": k}[where][row] = torch.nan
-    o, lse = native.forward(q, k, v, tree.node_table, 0.4, None)
+    o, lse = native.forward(q, k, v, tree.node_table, 0.4, None, None, None)
     seen = torch.arange(tree.M) == row if where == "q" else torch.arange(tree.M) >= row
     assert torch.equal(o.isnan().flatten(1).any(-1), seen)
     assert torch.equal(lse.isnan().any(-1), seen)
@@ -222,11 +236,11 @@ def test_empty_nodes():
     root, left, right = tree.node_table.tolist()
     table = torch.tensor([root, [1, 1, 1, 0], [*left[:3], 0], [2, 2, 3, 0], [*right[:3], 0], [3, 3, 3, -1]])
     q, k, v, do, _ = problem(tree, Hkv=4)
-    o, lse = native.forward(q, k, v, tree.node_table, 0.4, None)
-    o2, lse2 = native.forward(q, k, v, table, 0.4, None)
+    o, lse = native.forward(q, k, v, tree.node_table, 0.4, None, None, None)
+    o2, lse2 = native.forward(q, k, v, table, 0.4, None, None, None)
     assert torch.equal(o, o2) and torch.equal(lse, lse2)
-    one = native.backward(do, q, k, v, o, lse, tree.node_table, 0.4, None)
-    other = native.backward(do, q, k, v, o, lse, table, 0.4, None)
+    one = native.backward(do, q, k, v, o, lse, tree.node_table, 0.4, None, None, None)
+    other = native.backward(do, q, k, v, o, lse, table, 0.4, None, None, None)
     for x, y in zip(one[:3], other[:3], strict=True):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
 
@@ -246,7 +260,7 @@ def test_node_tables_that_are_none(table):
     """The op takes any tensor: nothing outside the rows is read or written."""
     q = torch.randn(3, 2, 4)
     with pytest.raises(ValueError, match="node_table: expected runs"):
-        native.forward(q, q, q, torch.tensor(table), 0.4, None)
+        native.forward(q, q, q, torch.tensor(table), 0.4, None, None, None)
 
 
 CODE = """
@@ -255,8 +269,11 @@ from rlcore.ops import backend
 assert backend.native().features()["isa"] == sys.argv[1], backend.native().features()
 q, k, v, do, paths = torch.load(sys.argv[2])
 leaves = [x.requires_grad_() for x in (q, k, v)]
-o = rl.prefix_attention(q, k, v, rl.PrefixTree.from_paths(paths))
-torch.save((o.detach(), *torch.autograd.grad(o, leaves, do)), sys.argv[3])
+out = []
+for options in ({}, {"window": 40, "softcap": 2.0}):
+    o = rl.prefix_attention(q, k, v, rl.PrefixTree.from_paths(paths), **options)
+    out += o.detach(), *torch.autograd.grad(o, leaves, do)
+torch.save(out, sys.argv[3])
 """
 
 
@@ -272,5 +289,6 @@ def test_every_instruction_set(isa, tmp_path):
     torch.save((q, k, v, do, paths), tmp_path / "in")
     arguments = [sys.executable, "-c", CODE, isa, str(tmp_path / "in"), str(tmp_path / "out")]
     subprocess.run(arguments, env=os.environ | {"RLCORE_ISA": isa}, check=True)
-    for x, y in zip(torch.load(tmp_path / "out"), run(tree, q, k, v, do, None, 19**-0.5), strict=True):
+    inputs = tree, q, k, v, do, None, 19**-0.5
+    for x, y in zip(torch.load(tmp_path / "out"), run(*inputs) + run(*inputs, window=40, softcap=2.0), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
