@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 # Runs and whole subtrees up to this many rows share a call with others of similar size; longer runs fill a call alone.
-# Forward and backward in ms (2 threads, 8 query heads of 32) with 16, 32, 64, 128: 64 prompts of 20 with 8 answers up to
-# 8 tokens: 54, 36, 30, 28; 8 prompts of 100 with 8 answers up to 100: 44, 44, 44, 55; one of 512 with 8 up to 64: all 14.
+# Forward and backward in ms (2 threads, 8 query heads of 32) with 16, 32, 64 and 128: 64 prompts of 20 with 8 answers
+# up to 8: 54, 36, 30, 28; 8 prompts of 100 with 8 up to 100: 44, 44, 44, 55; one of 512 with 8 up to 64: all 14.
 _SMALL = 64
 Block = tuple[int, int, int, int]
 
