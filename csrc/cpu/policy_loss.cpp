@@ -1,6 +1,7 @@
 #include "cpu/policy_loss.h"
 
 #include "cpu/simd.h"
+#include "cpu/team.h"
 
 namespace rlcore::cpu::RLCORE_ISA {
 namespace {
@@ -339,9 +340,11 @@ void add_block(const PolicyRows& rows, const PolicyRule& rule, std::int64_t star
 }  // namespace
 
 void policy_rows(const PolicyRows& rows, const PolicyRule& rule, std::int64_t n, PolicySums* sums, int threads) {
+    // A block is 10 microseconds of one thread (two threads are faster from two blocks on).
+    threads = team(n, kPolicyBlock, threads);
     (void)threads;  // read by the pragma alone
     const std::int64_t blocks = (n + kPolicyBlock - 1) / kPolicyBlock;
-#pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 1)
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (std::int64_t b = 0; b < blocks; ++b) {
         const std::int64_t start = b * kPolicyBlock;
         add_block(rows, rule, start, start + kPolicyBlock < n ? start + kPolicyBlock : n, sums[b]);

@@ -4,12 +4,13 @@
 #include <vector>
 
 #include "cpu/policy_loss.h"
+#include "cpu/team.h"
 
 namespace rlcore::cpu {
 namespace {
 
-// Below this many rows the start of a thread team costs more than it saves.
-constexpr std::int64_t kParallelRows = 1 << 15;
+// Rows of a thread, at least, in the sums over sequences and segments.
+constexpr std::int64_t kRowsPerThread = 1 << 14;
 
 bool counts(const PolicyRows& rows, std::int64_t i) { return rows.mask == nullptr || rows.mask[i] != 0; }
 
@@ -17,14 +18,15 @@ bool counts(const PolicyRows& rows, std::int64_t i) { return rows.mask == nullpt
 // in parallel, units given by ids, which may interleave, in one thread.
 template <typename Fn>
 void each_row(const PolicyRows& rows, std::int64_t n, const Units& units, int threads, Fn fn) {
-    (void)threads;  // read by the pragma alone
     if (units.offsets == nullptr) {
         for (std::int64_t i = 0; i < n; ++i) {
             if (counts(rows, i)) fn(i, units.ids[i] - units.base);
         }
         return;
     }
-#pragma omp parallel for schedule(static) num_threads(threads) if (n >= kParallelRows)
+    threads = team(n, kRowsPerThread, threads);
+    (void)threads;  // read by the pragma alone
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (std::int64_t u = 0; u < units.count; ++u) {
         for (std::int64_t i = units.offsets[u]; i < units.offsets[u + 1]; ++i) {
             if (counts(rows, i)) fn(i, u);
@@ -67,8 +69,9 @@ class UnitMean {
 
 void sequence_mean_coefficients(const PolicyRows& rows, std::int64_t n, const std::int64_t* offsets,
                                 std::int64_t sequences, float denominator, int threads, float* coefficient) {
-    (void)threads, (void)n;  // read by the pragma alone
-#pragma omp parallel for schedule(static) num_threads(threads) if (n >= kParallelRows)
+    threads = team(n, kRowsPerThread, threads);
+    (void)threads;  // read by the pragma alone
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (std::int64_t s = 0; s < sequences; ++s) {
         std::int64_t tokens = 0;
         for (std::int64_t i = offsets[s]; i < offsets[s + 1]; ++i) tokens += counts(rows, i) ? 1 : 0;

@@ -3,12 +3,16 @@
 #include <math.h>
 
 #include "cpu/simd.h"
+#include "cpu/team.h"
 
 namespace rlcore::cpu::RLCORE_ISA {
 namespace {
 
 // 16 KiB of a row: the exponentials of a block read from the first-level cache what its maximum has brought there.
 constexpr std::int64_t kBlock = 4096;
+
+// Logits of a thread, at least: 12 microseconds of the statistics, 9 of the gradient.
+constexpr std::int64_t kLogitsPerThread = 1 << 15;
 
 // Below -104 an exponential is 0 in float32; the bound keeps 0 * -inf out of the entropy.
 constexpr float kLogZero = -104.0f;
@@ -166,7 +170,8 @@ void gradient_of_slice(const Logits& c, const Statistics& s, const Coefficients&
 template <bool kEntropy>
 void gradient_with(const Logits& c, const Statistics& s, const Coefficients& d, const std::int64_t* keep,
                    std::int64_t kept, bool raw, int threads) {
-    (void)threads;  // read by the pragmas alone
+    threads = team(kept * c.columns, kLogitsPerThread, threads);
+    (void)threads;  // read by the pragma alone
     if (keep == nullptr) {
 #pragma omp parallel for schedule(static) num_threads(threads)
         for (std::int64_t r = 0; r < kept; ++r) gradient_of_slice<kEntropy>(c, s, d, r, r, 0, c.columns, raw);
@@ -186,6 +191,7 @@ void gradient_with(const Logits& c, const Statistics& s, const Coefficients& d, 
 }  // namespace
 
 void statistics(const Logits& c, const Statistics& out, int threads) {
+    threads = team(c.rows * c.columns, kLogitsPerThread, threads);
     (void)threads;  // read by the pragma alone
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (std::int64_t r = 0; r < c.rows; ++r) {
