@@ -62,6 +62,38 @@ def test_gae_ragged(compare: Callable[..., float], run: Any) -> None:
     compare("gae, the same tokens ragged", packed, dense, "our dense gae", most=1.3)
 
 
+def test_gae_masked(compare: Callable[..., float], run: Any) -> None:
+    """A third of the rows is masked, here and there inside the sequences."""
+    B, T = (8, 64) if run.quick else (256, 2048)
+    reward, value = torch.randn(2, B, T).unbind()
+    mask = torch.rand(B, T) >= 0.3
+
+    def masked() -> tuple[Tensor, Tensor]:
+        return tuple(rl.gae(reward, value, gamma=GAMMA, lam=LAM, mask=mask))
+
+    def dense() -> tuple[Tensor, Tensor]:
+        return tuple(rl.gae(reward, value, gamma=GAMMA, lam=LAM))
+
+    expected = [gae_by_column(reward[b, mask[b]][None], value[b, mask[b]][None]) for b in range(4)]
+    check("gae", [x[:4][mask[:4]] for x in masked()], [torch.cat(x, dim=1)[0] for x in zip(*expected)])
+    compare("gae, 30 % scattered masked rows", masked, dense, "our dense gae")
+
+
+def test_segment_mean_by_ids(compare: Callable[..., float], run: Any) -> None:
+    sequences, tokens = (16, 256) if run.quick else (1024, 524_288)
+    x, ids = torch.randn(tokens), torch.randint(sequences, (tokens,)).sort().values
+
+    def by_index_add() -> Tensor:
+        count = torch.bincount(ids, minlength=sequences).clamp(min=1)
+        return x.new_zeros(sequences).index_add(0, ids, x) / count
+
+    def ours() -> Tensor:
+        return rl.segment_mean(x, ids, num_segments=sequences)
+
+    check("segment_mean", [ours()], [by_index_add()])
+    compare(f"segment_mean, {tokens:,} tokens by sorted ids", ours, by_index_add, "torch.index_add", speedup=True)
+
+
 def test_group_advantage(compare: Callable[..., float], run: Any) -> None:
     responses = 256 if run.quick else 4096
     size = torch.randint(2, 15, (responses,))

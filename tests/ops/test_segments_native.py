@@ -276,6 +276,28 @@ def test_scans_raise_as_the_reference():
             call()
 
 
+# ---- ids in rising order
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sorted_ids_give_the_bits_of_ids(dtype, monkeypatch):
+    """Empty segments before, between and behind; the walk by ids is what both must equal."""
+    generator = torch.Generator().manual_seed(0)
+    ids = (torch.randint(2, 90, (70_000,), generator=generator) * 2).sort().values
+    x = torch.randn(70_000, generator=generator, dtype=dtype)
+    found = []
+    for least in (1, 1 << 60):
+        monkeypatch.setattr(native, "SORTED_FROM", least)
+        rows = native.rows_of(x, ids, None, 200, None)
+        assert (rows.ids is None) == (least == 1)
+        found.append([getattr(rl, f"segment_{name}")(x, ids, num_segments=200)
+                      for name in ("sum", "mean", "std", "min", "max", "count", "rank")])  # fmt: skip
+    for by_offsets, by_ids in zip(*found, strict=True):
+        assert torch.equal(by_offsets, by_ids)
+    monkeypatch.setattr(native, "SORTED_FROM", 1)
+    assert native.rows_of(x, ids.flip(0), None, 200, None).ids is not None
+
+
 # ---- threads and instruction sets
 
 
