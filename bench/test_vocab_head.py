@@ -34,6 +34,7 @@ class Line(NamedTuple):
 
 SHAPE = (2048, 1024, 32000)  # tokens, hidden size, vocabulary
 TORCH = "plain torch"
+BARE = "3 bare products, preallocated"
 TWO, THREE, FOUR = (f"{n} bare products" for n in (2, 3, 4))
 LINES = {
     "policy_loss": Line("linear_policy_loss", ("policy_loss",), FRESH, THREE, most=1.10),
@@ -47,11 +48,11 @@ LINES = {
     "frozen_logprob": Line("linear_logprob, frozen head", ("frozen_logprob",), (FORWARD, HIDDEN), TWO, most=1.15),
     "logprob": Line("linear_logprob", ("logprob",), (*FRESH, FORWARD), FOUR, most=1.12),
     "torch": Line("linear_policy_loss", ("policy_loss",), ("torch",), TORCH, least=1.6),
-    "torch_ceiling": Line("3 bare products, preallocated", PREALLOCATED, ("torch",), f"{TORCH}: the ceiling", speedup=True),
+    "torch_ceiling": Line(BARE, PREALLOCATED, ("torch",), f"{TORCH} (ceiling)", speedup=True),
     "torch_entropy": Line("  with entropy gradient", ("entropy_gradient",), ("torch_entropy",), TORCH, least=1.6),
     "trl": Line("linear_policy_loss", ("policy_loss",), ("trl",), "TRL", least=1.7),
     "liger": Line("linear_policy_loss", ("policy_loss",), ("liger",), "Liger", least=1.7),
-    "liger_ceiling": Line("3 bare products, preallocated", PREALLOCATED, ("liger",), "Liger: the ceiling", speedup=True),
+    "liger_ceiling": Line(BARE, PREALLOCATED, ("liger",), "Liger (ceiling)", speedup=True),
 }  # fmt: skip
 # TRL's kernels read this module in their backward pass.
 PEERS = {"trl": ("trl.trainer.utils", "trl"), "liger": ("liger_kernel.chunked_loss", "liger-kernel")}

@@ -24,17 +24,16 @@ CHUNK_BYTES = {"cpu": 51 * 2**20, "default": 2**30}
 # Row passes run over blocks of a chunk that stay in the L2 cache of a core between their sweeps. A GPU takes the whole
 # chunk at once: there a launch costs more than a sweep.
 BLOCK_BYTES = {"cpu": 2**20, "default": 2**30}
-# The forward GEMM takes the vocabulary by slices of this size: with the whole weight as its right operand the CPU's BLAS
-# is 5 to 10 % slower at chunks of 340 to 384 rows, and half as fast again at 88 rows of a vocabulary of 152K (measured
-# at hidden sizes 256 to 4,096; 4 MiB is within 3 % of the best size at each). By the same slices a low-precision weight is
-# upcast, so that no fp32 copy of it exists.
+# The forward GEMM takes the vocabulary by slices of this size: with the whole weight as its right operand the CPU's
+# BLAS is 5 to 10 % slower at chunks of 340 to 384 rows, and takes half as long again at 88 rows of a vocabulary of 152K
+# (measured at hidden sizes 256 to 4,096; 4 MiB is within 5 % of the best size at each). By the same slices a
+# low-precision weight is upcast, so that no fp32 copy of it exists.
 WEIGHT_TILE_BYTES = 4 * 2**20
-# Above one block of this many rows the BLAS works through a left operand block by block, so that a chunk of 410 rows is
-# 10 % slower per row than one of 384.
-ROW_BLOCK = 384
-# d weight of a low-precision weight is summed in fp32 by slices too, so that rounding it to the weight's dtype gives them back one by one;
-# above 32 MiB glibc's malloc returns what is freed to the system.
+# d weight of a low-precision weight is summed in fp32 by slices too, so that rounding it to the weight's dtype gives
+# them back one by one; above 32 MiB glibc's malloc returns what is freed to the system.
 GRADIENT_SLICE_BYTES = 40 * 2**20
+# The BLAS works through a left operand by blocks of rows: a chunk of 410 is 10 % slower per row than one of 384.
+ROW_BLOCK = 384
 # exp(-1e4) is exactly 0 in float32 and float64. Log-probabilities below it (-inf from a bias that forbids a token) are
 # lifted to it, so that 0 * log 0 is 0 and not NaN.
 LOG_ZERO = -1e4
