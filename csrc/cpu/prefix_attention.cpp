@@ -20,6 +20,9 @@ constexpr int kRows = 6;
 constexpr std::int64_t kTile = kVectors * kLanes;
 // Keys at a time: with AVX-512 their scores (16 KiB), keys and values (8 KiB each at D = 32) stay in the nearest cache.
 constexpr std::int64_t kKeys = 64;
+// The ranks of a tile's queries span at most kTile, so that under a window too every query sees a key of the first
+// block: its maximum is finite from there on, and no -inf meets another.
+static_assert(kTile <= kKeys, "a query may see nothing of the first block");
 
 constexpr float kLowest = -__builtin_inff();
 
@@ -207,15 +210,13 @@ void soften(const Work& w, std::int64_t n, float* s, Running& run, float* factor
             const Floats x = load(at + j * kTile);
             top = select(x > top, x, top);
         }
-        // A query whose window begins behind this block has seen nothing yet: -inf - -inf would be NaN.
-        const Floats base = select(top == kLowest, Floats{}, top);
         Floats sum = Floats{};
         for (std::int64_t j = 0; j < n; ++j) {
-            const Floats e = exp_of(load(at + j * kTile) - base);
+            const Floats e = exp_of(load(at + j * kTile) - top);
             store(at + j * kTile, e);
             sum += e;
         }
-        const Floats shrink = exp_of(before - base);
+        const Floats shrink = exp_of(before - top);
         store(factor + v * kLanes, shrink);
         store(run.top + v * kLanes, top);
         store(run.sum + v * kLanes, load(run.sum + v * kLanes) * shrink + sum);

@@ -40,7 +40,7 @@ def forests():
 
 OPTIONS = {
     "window": {"window": 3}, "wide window": {"window": 70}, "softcap": {"softcap": 1.5},
-    "large softcap": {"softcap": 50.0}, "both": {"window": 2, "softcap": 0.7},
+    "window of one": {"window": 1}, "large softcap": {"softcap": 50.0}, "both": {"window": 2, "softcap": 0.7},
 }  # fmt: skip
 FORESTS = {name: (tree, rows) for name, tree, rows in forests()}
 
