@@ -13,7 +13,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlcore.engine.config import Config, load_toml, validate
+from rlcore.engine.config import Config, validate
+from rlcore.engine.config_file import load_toml
 from rlcore.engine.errors import Interrupted, SaveError, UserError
 
 PACKAGES = (

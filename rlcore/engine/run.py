@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rlcore.engine.checkpoint import found
-from rlcore.engine.config import Config, changes, load_toml, to_toml
+from rlcore.engine.config import Config
+from rlcore.engine.config_file import changes, load_toml, to_toml
 from rlcore.engine.errors import Interrupted, SaveError, UserError
 
 # What a run is: with another value it would be another run, not the rest of this one.

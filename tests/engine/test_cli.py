@@ -14,7 +14,8 @@ import pytest
 
 from rlcore.cli import main
 from rlcore.engine.checkpoint import found
-from rlcore.engine.config import Config, load_toml, to_toml
+from rlcore.engine.config import Config
+from rlcore.engine.config_file import load_toml, to_toml
 from rlcore.engine.logging import read
 
 COMMAND = [sys.executable, "-m", "rlcore.cli"]

@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from rlcore.engine.config import Config, TaskConfig, flatten, load_toml, to_toml, validate
+from rlcore.engine.config import Config, TaskConfig, validate
+from rlcore.engine.config_file import flatten, load_toml, to_toml
 from rlcore.engine.errors import UserError
 
 

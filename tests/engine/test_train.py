@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from rlcore.engine import checkpoint
 from rlcore.engine.checkpoint import found
-from rlcore.engine.config import Config, load_toml
+from rlcore.engine.config import Config
+from rlcore.engine.config_file import load_toml
 from rlcore.engine.errors import Interrupted, SaveError, UserError
 from rlcore.engine.logging import RunLog, read
 from rlcore.engine.model import fingerprint
