@@ -92,8 +92,7 @@ def test_wheel_needs_torch_and_numpy_only(wheel: Path) -> None:
 def test_installed_wheel_is_native_and_has_kernels(wheel: Path, tmp_path: Path) -> None:
     pip("install", "--target", str(tmp_path), str(wheel))
     code = (
-        "import rlcore, rlcore.kernels as k;"
-        "print(rlcore.__file__, *k.__path__, rlcore.backends()['native'], sep='|')"
+        "import rlcore, rlcore.kernels as k;print(rlcore.__file__, *k.__path__, rlcore.backends()['native'], sep='|')"
     )
     file, kernels, native = python(tmp_path, code).split("|")
     assert Path(file) == tmp_path / "rlcore" / "__init__.py"

@@ -79,9 +79,7 @@ def test_policy_loss_equals_that_of_trl(loss_type: str, level: str) -> None:
     clip = (1.0, 0.28) if loss_type == "cispo" else (0.2, 0.28)
     objective = rl.Objective(clip=clip, kl=rl.KL("k3", BETA), **CASES[loss_type, level])
     target = torch.zeros(B, T, dtype=torch.int64)
-    batch = rl.TokenBatch(
-        target, mask=x["mask"], advantage=x["advantage"], old_logp=x["old"], ref_logp=x["ref"]
-    )
+    batch = rl.TokenBatch(target, mask=x["mask"], advantage=x["advantage"], old_logp=x["old"], ref_logp=x["ref"])
     loss, _ = rl.policy_loss(ours, batch, objective)
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9, check_dtype=False)

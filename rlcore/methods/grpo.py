@@ -3,14 +3,14 @@
 from torch import Tensor
 
 from rlcore.layout import TokenBatch, per_token
-from rlcore.methods.method import Method, required
+from rlcore.methods.method import Method, answer_reward, groups
 from rlcore.ops.segments import group_advantage
 
 
 def advantage(reward: Tensor, batch: TokenBatch) -> Tensor:
     """A_i = (r_i - mean of the group) / (std of the group + 1e-6), the same for every token of answer i."""
-    group = required(batch.group, "batch.group", "its advantages compare the answers of a group")
-    return per_token(group_advantage(reward, group, center="group", scale="group", ddof=1, eps=1e-6), batch)
+    r = answer_reward(reward, batch)
+    return per_token(group_advantage(r, groups(batch), center="group", scale="group", ddof=1, eps=1e-6), batch)
 
 
 GRPO = Method(

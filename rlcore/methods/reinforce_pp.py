@@ -2,17 +2,17 @@
 
 from torch import Tensor
 
-from rlcore.layout import TokenBatch, per_token
+from rlcore.layout import TokenBatch
 from rlcore.methods.method import Method
-from rlcore.ops.segments import whiten
+from rlcore.ops.segments import discounted_return, whiten
 
 
 def advantage(reward: Tensor, batch: TokenBatch) -> Tensor:
     """A_it = (G_it - mean) / std over all tokens of the batch, G_it the sum of rewards from token t on.
 
-    The reward arrives with the last token of an answer and nothing is discounted, so G_it = r_i for every token.
+    Nothing is discounted: where the reward arrives with the last token alone, G_it = r_i for every token.
     """
-    return whiten(per_token(reward, batch), mask=batch.mask)
+    return whiten(discounted_return(reward, batch.offsets), mask=batch.mask)
 
 
 REINFORCE_PP = Method(

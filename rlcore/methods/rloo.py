@@ -3,14 +3,14 @@
 from torch import Tensor
 
 from rlcore.layout import TokenBatch, per_token
-from rlcore.methods.method import Method, required
+from rlcore.methods.method import Method, answer_reward, groups
 from rlcore.ops.segments import group_advantage
 
 
 def advantage(reward: Tensor, batch: TokenBatch) -> Tensor:
     """A_i = r_i - mean of the other rewards of the group; no division by a deviation."""
-    group = required(batch.group, "batch.group", "its advantages compare the answers of a group")
-    return per_token(group_advantage(reward, group, center="leave_one_out", scale="none"), batch)
+    r = answer_reward(reward, batch)
+    return per_token(group_advantage(r, groups(batch), center="leave_one_out", scale="none"), batch)
 
 
 RLOO = Method(

@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 
-from rlcore.layout import TokenBatch
+from rlcore.layout import TokenBatch, flat_offsets
 from rlcore.methods import methods
 
 REWARD = [1.0, 0.0, 0.5, 1.0, 1.0, 0.0, 0.25]
@@ -18,6 +18,15 @@ LENGTH = [2, 1, 3, 1, 4, 2, 1]
 def batch() -> TokenBatch:
     offsets = torch.tensor([0, *LENGTH]).cumsum(0)
     return TokenBatch(torch.zeros(int(offsets[-1]), dtype=torch.int64), offsets, group=torch.tensor(GROUP))
+
+
+def at_end(reward, batch):
+    """The rewards of answers at their last tokens; an empty answer has none."""
+    placed = torch.zeros(batch.N)
+    for r, end, length in zip(reward.tolist(), flat_offsets(batch)[1:].tolist(), batch.lengths().tolist(), strict=True):
+        if length:
+            placed[end - 1] = r
+    return placed.reshape(batch.shape)
 
 
 def per_token(values):
@@ -47,7 +56,9 @@ def reinforce_pp():
 @pytest.mark.parametrize("expected", [grpo, rloo, reinforce_pp])
 def test_advantage(expected):
     method = methods()[expected.__name__]
-    torch.testing.assert_close(method.advantage(torch.tensor(REWARD), batch()), expected(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        method.advantage(at_end(torch.tensor(REWARD), batch()), batch()), expected(), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("key", methods())
@@ -56,15 +67,17 @@ def test_empty_and_masked_rows_change_no_other_answer(key):
     reward, group = torch.tensor([1.0, 0, 1, 0, 1, 0.5]), torch.tensor([0, 0, 0, 1, 1, 1])
     method, ids = methods()[key], torch.zeros(6, dtype=torch.int64)
     packed = TokenBatch(ids, torch.tensor([0, 2, 3, 4, 4, 5, 6]), group=group)
-    advantage = method.advantage(reward, packed)
+    advantage = method.advantage(at_end(reward, packed), packed)
     assert advantage.shape == (6,) and advantage[0] == advantage[1]
     assert advantage[0] > 0 > advantage[2]
     masked = TokenBatch(ids, torch.tensor([0, 2, 3, 4, 4, 5, 6]), mask=torch.tensor([1, 0, 1, 1, 1, 1]), group=group)
-    assert method.advantage(reward, masked)[0] > 0
+    assert method.advantage(at_end(reward, masked), masked)[0] > 0
     width = torch.tensor([2, 1, 1, 0, 1, 1])
     inside = torch.arange(2) < width[:, None]
     padded = TokenBatch(torch.zeros(6, 2, dtype=torch.int64), mask=inside, group=group)
-    torch.testing.assert_close(method.advantage(reward, padded)[inside], advantage)
+    in_rows = torch.zeros(6, 2)
+    in_rows[inside] = at_end(reward, packed)
+    torch.testing.assert_close(method.advantage(in_rows, padded)[inside], advantage)
 
 
 @pytest.mark.parametrize("key", ["grpo", "rloo"])
