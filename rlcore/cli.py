@@ -1,4 +1,4 @@
-"""The command line: `rlcore train` and `rlcore backends`.
+"""The command line: `rlcore train`, `plot` and `backends`.
 
 Exit codes: 0 done; 1 an error that should not happen, with a traceback; 2 something in the command, the config or the
 files is not as it must be; 3 the machine could not write (disk full, read-only directory); 130 interrupted, saved.
@@ -12,17 +12,20 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from rlcore.engine.config import Config, validate
 from rlcore.engine.config_file import load_toml
 from rlcore.engine.errors import Interrupted, SaveError, UserError
 
+T = TypeVar("T")
 PACKAGES = (
     "transformers", "tokenizers", "safetensors", "reasoning_gym", "tyro", "rich", "tensorboard", "matplotlib",
 )  # fmt: skip
 USAGE = """usage: rlcore COMMAND [OPTIONS]
 
   train       train a language model by reinforcement learning; `rlcore train --help` lists all options
+  plot        draw the curves of one run or several into one picture
   backends    say which kernels are live on this machine, and why the others are not
   --version   print the version"""
 
@@ -47,6 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command == "train":
             train(rest)
+        elif command == "plot":
+            from rlcore.engine.plot import Plot, plot
+
+            plot(parse(Plot, rest, command))
         elif command == "backends":
             import rlcore
 
@@ -79,6 +86,13 @@ def main(arguments: list[str] | None = None) -> int:
 def stop(error: object, code: int) -> int:
     print(f"rlcore: {error}", file=sys.stderr)
     return code
+
+
+def parse(command: type[T], arguments: list[str], name: str) -> T:
+    """The options of a command; fields without a default are positional."""
+    import tyro
+
+    return tyro.cli(command, args=arguments, prog=f"rlcore {name}", config=(tyro.conf.PositionalRequiredArgs,))
 
 
 def train(arguments: list[str]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,18 +18,13 @@ from typing import Any
 from torch import Tensor
 
 from rlcore.engine.errors import SaveError
+from rlcore.engine.plot import Curves, draw, picture
+from rlcore.engine.records import cut, read, write_whole
 from rlcore.engine.rollout import Rollout
+from rlcore.engine.screen import Screen
 
-# Seconds between drawings of curves.png while a run goes on.
+# Seconds between drawings of curves.png while a run goes on; more where a drawing takes over 1 % of that.
 REDRAW = 20.0
-PANELS = (
-    ("held-out accuracy", ("eval/accuracy",)),
-    ("reward", ("reward", "accuracy")),
-    ("entropy", ("policy/entropy",)),
-    ("answer length (tokens)", ("length",)),
-    ("gradient norm", ("policy/grad_norm",)),
-    ("mismatch sampler / trainer", ("mismatch_max", "mismatch_mean")),
-)
 
 
 class RunLog:
@@ -49,7 +43,7 @@ class RunLog:
             self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
         for record in read(directory / "metrics.jsonl"):
             self.screen.accuracy = record.get("eval/accuracy", self.screen.accuracy)
-        self.drawn = time.monotonic()
+        self.drawn, self.redraw = time.monotonic(), REDRAW
 
     def __enter__(self) -> RunLog:
         return self
@@ -97,7 +91,7 @@ class RunLog:
             self.metrics.flush()
             for key, value in record.items():
                 self.board.add_scalar(key, value, step)
-        if "eval/accuracy" in record and time.monotonic() > self.drawn + REDRAW:
+        if "eval/accuracy" in record and time.monotonic() > self.drawn + self.redraw:
             self.curves()
         self.screen.step(step, record)
 
@@ -132,95 +126,8 @@ class RunLog:
 
     def curves(self) -> None:
         """Draws curves.png from metrics.jsonl."""
-        from matplotlib.figure import Figure
-
+        start = time.monotonic()
         records = read(self.directory / "metrics.jsonl")
-        figure = Figure(figsize=(12, 6.5))
-        figure.subplots_adjust(left=0.05, right=0.98, bottom=0.08, top=0.9, hspace=0.4)
-        for axis, (title, keys) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-            for key in keys:
-                points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
-                steps, values = [step for step, _ in points], [value for _, value in points]
-                axis.plot(steps, values, marker="o" if key.startswith("eval/") else "", label=key)
-            axis.set_title(title)
-            axis.set_xlabel("step")
-            axis.grid(alpha=0.3)
-            if len(axis.lines) > 1:
-                axis.legend()
-        figure.suptitle(self.directory.name)
-        path = self.directory / "curves.png"
-        temporary = path.with_name(".curves.tmp.png")
-        with self.writing():
-            figure.savefig(temporary, dpi=110)
-            os.replace(temporary, path)
+        write_whole(self.directory / "curves.png", picture(draw([Curves(self.directory.name, [records])])))
         self.drawn = time.monotonic()
-
-
-class Screen:
-    """A progress bar on a terminal, plain lines elsewhere."""
-
-    def __init__(self, first_step: int, steps: int) -> None:
-        self.done_before, self.steps, self.start = max(0, first_step - 1), steps, time.monotonic()
-        self.accuracy = math.nan
-        self.bar: Any = None
-        if sys.stdout.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self.bar = Progress(
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"),
-                TimeRemainingColumn(compact=True), TextColumn("left"),
-            )  # fmt: skip
-            self.task = self.bar.add_task("", total=steps, completed=self.done_before)
-            self.bar.start()
-
-    def step(self, step: int, record: dict[str, float]) -> None:
-        self.accuracy = record.get("eval/accuracy", self.accuracy)
-        if "reward" not in record:
-            return
-        speed = record["time/tokens_per_s"]
-        accuracy = "unknown" if math.isnan(self.accuracy) else f"{self.accuracy:.1%}"
-        line = f"reward {record['reward']:.3f}  held-out {accuracy}  {speed:,.0f} tokens/s"
-        if self.bar:
-            self.bar.update(self.task, completed=step, description=line)
-        elif step == self.steps or step % max(1, self.steps // 25) == 0:
-            left = (time.monotonic() - self.start) / (step - self.done_before) * (self.steps - step)
-            print(f"step {step}/{self.steps}  {line}  {left:.0f} s left", flush=True)
-
-    def say(self, message: str) -> None:
-        if self.bar:
-            self.bar.console.print(message, markup=False, highlight=False)
-        else:
-            print(message, flush=True)
-
-    def close(self) -> None:
-        if self.bar:
-            self.bar.stop()
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file; a last line that a crash cut short is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
-
-
-def cut(path: Path, first_step: int) -> Any:
-    """Opens a JSONL file for appending after its records before `first_step`; what is later or damaged is cut off."""
-    file = path.open("a+b")
-    file.seek(0)
-    end = 0
-    for line in file:
-        try:
-            wanted = line.endswith(b"\n") and json.loads(line)["step"] < first_step
-        except (ValueError, KeyError, TypeError):
-            break
-        if not wanted:
-            break
-        end += len(line)
-    file.truncate(end)
-    file.close()
-    return path.open("a", encoding="utf-8")
+        self.redraw = max(REDRAW, 100 * (self.drawn - start))

@@ -183,9 +183,7 @@ class Time(NamedTuple):
         )
         return out
 
-    def vtrace(
-        self, rho_bar: float, c_bar: float, gamma: float | Tensor, lam: float | Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def vtrace(self, rho_bar: float, c_bar: float, gamma: float | Tensor, lam: float | Tensor) -> tuple[Tensor, Tensor]:
         out = self.empty(), self.empty()
         backend.native().vtrace(  # type: ignore[union-attr]
             *map(address, self.xs), *self.per_row(gamma), *self.per_row(lam), rho_bar, c_bar, *self.end(*out)

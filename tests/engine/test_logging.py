@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 
 import pytest
 from rich.console import Console
 
-from rlcore.engine import logging
-from rlcore.engine.logging import RunLog, Screen, cut, read
+from rlcore.engine import screen as screen_module
+from rlcore.engine.errors import SaveError
+from rlcore.engine.logging import RunLog
+from rlcore.engine.records import cut, read, write_whole
+from rlcore.engine.screen import Screen
 
 
 def lines(*steps: int) -> bytes:
@@ -44,6 +48,26 @@ def test_read_leaves_a_half_written_line_out(tmp_path):
     assert read(tmp_path / "missing.jsonl") == []
 
 
+@pytest.mark.parametrize("bad", [b"[1]\n", b"7\n", b'{"x": 1}\n', b'{"step": "1"}\n', b"\xff\xfe\n"])
+def test_read_ends_at_what_is_no_record(tmp_path, bad):
+    path = tmp_path / "file.jsonl"
+    path.write_bytes(lines(0) + bad + lines(2))
+    assert [record["step"] for record in read(path)] == [0]
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_whole(path, b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(SaveError, match="No space left"):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 def test_metrics_are_valid_json_and_exact(tmp_path):
     with RunLog(tmp_path, 0, 2) as log:
         log.step(0, {"eval/accuracy": 0.1 + 0.2, "bad": float("nan")})
@@ -68,7 +92,7 @@ def test_progress_bar_on_a_terminal(monkeypatch):
 
 
 def test_plain_lines_elsewhere(monkeypatch, capsys):
-    monkeypatch.setattr(logging.sys.stdout, "isatty", lambda: False, raising=False)
+    monkeypatch.setattr(screen_module.sys.stdout, "isatty", lambda: False, raising=False)
     screen = Screen(0, 10)
     for step in range(1, 11):
         screen.step(step, {"reward": 0.5, "time/tokens_per_s": 10.0})
