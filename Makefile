@@ -72,6 +72,9 @@ bench-peers: $(PEERS_READY) ## time our losses beside those of TRL and Liger
 	$(PEERS_VENV)/bin/python $(BENCH) -m peers $(ARGS)
 	$(PEERS_VENV)/bin/python bench/report.py
 
+learn: $(TEST_READY) ## train every method with three seeds, one table; ARGS="--recipes ppo --seeds 0"
+	$(VENV)/bin/python bench/learn.py $(ARGS)
+
 lint: $(TEST_READY) ## ruff, clang-format
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(filter-out %.txt,$(NATIVE))
@@ -137,4 +140,4 @@ define finish
 	@touch $(2)
 endef
 
-.PHONY: help train test test-full asan tsan test-peers bench bench-peers lint types clean torch-index
+.PHONY: help train test test-full asan tsan test-peers bench bench-peers learn lint types clean torch-index
