@@ -1,72 +1,54 @@
-"""The command line: `rlcore train`, `plot` and `backends`.
+"""The command line: `rlcore train`, `plot`, `methods`, `backends`.
 
-Exit codes: 0 done; 1 an error that should not happen, with a traceback; 2 something in the command, the config or the
-files is not as it must be; 3 the machine could not write (disk full, read-only directory); 130 interrupted, saved.
+Exit codes: 0 done; 1 an error that should not happen, with a traceback, or a self-test that failed; 2 something in the
+command, the config or the files is not as it must be; 3 the machine could not go on (disk full, read-only directory,
+out of memory); 130 interrupted, saved.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
+import errno
 import importlib.util
+import os
 import signal
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
-from rlcore.engine.config import Config, validate
-from rlcore.engine.config_file import load_toml
 from rlcore.engine.errors import Interrupted, SaveError, UserError
 
-T = TypeVar("T")
 PACKAGES = (
     "transformers", "tokenizers", "safetensors", "reasoning_gym", "tyro", "rich", "tensorboard", "matplotlib",
 )  # fmt: skip
-USAGE = """usage: rlcore COMMAND [OPTIONS]
-
-  train       train a language model by reinforcement learning; `rlcore train --help` lists all options
-  plot        draw the curves of one run or several into one picture
-  backends    say which kernels are live on this machine, and why the others are not
-  --version   print the version"""
-
-
-@dataclass
-class Train(Config):
-    """Train a language model by reinforcement learning.
-
-    Without options a small model learns sums and differences of two numbers in a few minutes. Values come from the
-    defaults, then from a TOML file (--config, or the run's own on --resume), then from the command line.
-    """
-
-    config: Path | None = None
-    """A TOML file with the options below; each run writes its own as runs/NAME/config.toml."""
-    resume: Path | None = None
-    """Directory of a run to go on with, from its last good checkpoint."""
+EXIT_CODES = """exit codes: 0 done; 1 an error that should not happen, or a self-test that failed; 2 a mistake in the
+command, the config or the files; 3 the machine could not go on (disk full, read-only directory, out of memory);
+130 interrupted: a run is saved and says how to go on"""
+# No room, no quota, a file system for reading only.
+CAN_NOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        if command == "train":
-            train(rest)
-        elif command == "plot":
-            from rlcore.engine.plot import Plot, plot
-
-            plot(parse(Plot, rest, command))
-        elif command == "backends":
-            import rlcore
-
-            for name, state in rlcore.backends().items():
-                print(f"{name:12} {state}")
-        elif command == "--version":
+        if command in COMMANDS:
+            code = COMMANDS[command][0](rest)
+            sys.stdout.flush()
+            return code
+        if command == "--version":
             import rlcore
 
             print(rlcore.__version__)
         elif command in ("--help", "-h"):
-            print(USAGE)
+            print(usage())
         else:
-            raise UserError(f"unknown command {command!r}\n{USAGE}")
+            import difflib
+
+            near = difflib.get_close_matches(command, COMMANDS, n=1)
+            meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+            raise UserError(f"unknown command {command!r}; {meant} (rlcore --help says more)")
     except UserError as error:
         return stop(error, 2)
     except SaveError as error:
@@ -80,7 +62,28 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         needed = f"the package {error.name!r}, which is not installed" if error.name else f"more packages ({error})"
         return stop(f"{command} needs {needed}; from a checkout of rlcore: pip install '.[train]'", 2)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return stop("there is not enough memory; `rlcore train --dry-run` estimates what a config needs", 3)
+    except BrokenPipeError:
+        drop_output()
+        return stop("the reader of the output has closed it", 3)
+    except OSError as error:
+        if error.errno not in CAN_NOT_WRITE:
+            raise
+        drop_output()
+        return stop(f"could not write {error.filename or 'the output'}: {error.strerror}", 3)
     return 0
+
+
+def usage() -> str:
+    commands = "\n".join(f"  {name:11} {line}" for name, (_, line) in COMMANDS.items())
+    return (
+        f"usage: rlcore COMMAND [OPTIONS]\n\n{commands}\n  --version   print the version\n\n"
+        f"`rlcore train --help` lists all options of train, `rlcore COMMAND --help` those of any other command.\n\n"
+        f"{EXIT_CODES}"
+    )
 
 
 def stop(error: object, code: int) -> int:
@@ -88,59 +91,102 @@ def stop(error: object, code: int) -> int:
     return code
 
 
-def parse(command: type[T], arguments: list[str], name: str) -> T:
-    """The options of a command; fields without a default are positional."""
-    import tyro
+def drop_output() -> None:
+    """Lets the rest of the output go nowhere: Python would try again to write it at exit, and fail aloud."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    return tyro.cli(command, args=arguments, prog=f"rlcore {name}", config=(tyro.conf.PositionalRequiredArgs,))
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a MemoryError or torch's RuntimeError says that an allocation failed."""
+    return isinstance(error, MemoryError) or any(
+        text in str(error) for text in ("can't allocate memory", "out of memory", "not enough memory")
+    )
 
 
-def train(arguments: list[str]) -> None:
-    """`rlcore train`: the config from defaults, a TOML file and the command line, in this order of precedence."""
+def train(arguments: list[str]) -> int:
+    """`rlcore train`."""
     # A package that only the end of a run uses is missed now, not then.
     for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(name=package)
-    import tyro
+    with terminable():
+        from rlcore.engine.resolve import resolve
 
-    defaults = Config()
-    resume = value_of("--resume", arguments)
-    if resume is not None:
-        directory = Path(resume) if Path(resume).name not in ("", "..") else Path(resume).resolve()
-        if not (directory / "config.toml").is_file():
-            raise UserError(f"--resume: {resume} is not the directory of a run (it has no config.toml)")
-        stored = load_toml(directory / "config.toml", defaults)
-        defaults = dataclasses.replace(stored, dir=str(directory.parent), name=directory.name)
-    own = defaults.dir, defaults.name
-    if (path := value_of("--config", arguments)) is not None:
-        defaults = load_toml(Path(path), defaults)
-    command = tyro.cli(Train, args=arguments, default=Train(**vars(defaults)), prog="rlcore train")
-    config = validate(Config(**{item.name: getattr(command, item.name) for item in dataclasses.fields(Config)}))
-    if resume is not None and (config.dir, config.name) != own:
-        raise UserError(f"--resume: the run keeps its place {resume}; leave --dir and --name out")
+        resolved = resolve(arguments)
 
-    from transformers.utils import logging
+        from transformers.utils import logging
 
-    from rlcore.engine.run import name_run
-    from rlcore.engine.trainer import train as run_training
+        from rlcore.engine.run import name_run
+        from rlcore.engine.trainer import train as run_training
 
-    logging.disable_progress_bar()
-    # Before the first step it is like Ctrl-C; from then on the loop finishes the step that it is at.
+        logging.disable_progress_bar()
+        run_training(name_run(resolved.config), resume=resolved.resume)
+    return 0
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """A termination signal is like Ctrl-C; from the first step on, the loop finishes the step that it is at."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        run_training(name_run(config), resume=command.resume is not None)
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def value_of(flag: str, arguments: list[str]) -> str | None:
-    """The value of a flag, looked up before the options are parsed because it supplies their defaults."""
-    for i, argument in enumerate(arguments):
-        if argument == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith(flag + "="):
-            return argument.partition("=")[2]
-    return None
+def plot(arguments: list[str]) -> int:
+    """`rlcore plot`."""
+    from rlcore.engine import plot
+    from rlcore.engine.arguments import parse
+
+    plot.plot(parse(plot.Plot, arguments, "rlcore plot"))
+    return 0
+
+
+def backends(arguments: list[str]) -> int:
+    """`rlcore backends`."""
+    Options("backends").parse_args(arguments)
+    import rlcore
+
+    for name, state in rlcore.backends().items():
+        print(f"{name:12} {state}")
+    return 0
+
+
+def methods(arguments: list[str]) -> int:
+    """`rlcore methods`: every key with title, paper, formula and needs."""
+    Options("methods").parse_args(arguments)
+    import rlcore
+
+    for method in rlcore.methods().values():
+        rows = {"paper": method.paper, "formula": method.formula, "needs": ", ".join(method.needs) or "rewards alone"}
+        if method.defaults:
+            rows["sets"] = ", ".join(f"{key} = {value}" for key, value in method.defaults.items())
+        if method.state != "runs":
+            rows["state"] = method.state
+        print(f"{method.key:13} {method.title}")
+        for name, text in rows.items():
+            print(f"  {name:8}    {text}")
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "train": (train, "train a language model by reinforcement learning; --dry-run says what it would be"),
+    "plot": (plot, "draw the curves of one run or several into one picture"),
+    "methods": (methods, "list the methods: key, title, paper, formula, what they need"),
+    "backends": (backends, "say which kernels are live on this machine, and why the others are not"),
+}
+
+
+class Options(argparse.ArgumentParser):
+    """Options of the commands that need torch and numpy alone; a mistake is one sentence as everywhere."""
+
+    def __init__(self, command: str, **more: Any) -> None:
+        super().__init__(prog=f"rlcore {command}", description=COMMANDS[command][1], allow_abbrev=False, **more)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help lists all options)")
 
 
 if __name__ == "__main__":

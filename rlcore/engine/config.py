@@ -7,6 +7,7 @@ The string under a field is its help text, the range beside its type is checked 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ PROBABILITY = Range(lambda x: 0 < x <= 1, "greater than 0 and at most 1")
 SHARE = Range(lambda x: 0 <= x <= 1, "in [0, 1]")
 FRACTION = Range(lambda x: 0 < x < 1, "between 0 and 1")
 DECAY = Range(lambda x: 0 <= x < 1, "in [0, 1)")
+THREADS = Range(lambda x: 0 <= x <= 1024, "0 to 1024")
 
 
 @dataclass
@@ -158,7 +160,7 @@ class Config:
     """Directory of the runs."""
     device: str = "auto"
     """cpu, cuda, cuda:N; auto: cuda where there is one, else cpu."""
-    threads: Annotated[int, NOT_NEGATIVE] = 0
+    threads: Annotated[int, THREADS] = 0
     """CPU threads; 0: one for the small model, whose work is too fine to share, and torch's own number for others."""
     shuffle_rewards: bool = False
     """Control experiment: deal the rewards of a step out at random. Nothing can be learned."""
@@ -182,6 +184,11 @@ def validate(config: Config) -> Config:
         raise UserError(f"method: unknown key {config.method!r}; there are {', '.join(methods())}")
     if Path(config.name).name != config.name or config.name == "..":
         raise UserError(f"name must be a plain name without directories, got {config.name!r}; they go into dir")
+    for key, path in (("model.path", config.model.path), ("model.cache", config.model.cache)):
+        try:
+            Path(path).expanduser()
+        except RuntimeError:
+            raise UserError(f"{key}: there is no user whose home would be {path!r}") from None
     if config.task.template and "{" not in config.task.template:
         raise UserError(
             f"task.template must be a text with {{question}} or another {{name}} in it, got {config.task.template!r}"
@@ -199,11 +206,34 @@ def validate(config: Config) -> Config:
 
 
 def check_ranges(config: Any, prefix: str = "") -> None:
-    """Holds every number against the range that stands beside its field; None is in every range."""
+    """Holds every value against what its field may be; None always may."""
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             check_ranges(value, f"{prefix}{name}.")
-        for allowed in getattr(hint, "__metadata__", ()):
-            if isinstance(allowed, Range) and value is not None and not allowed.holds(value):
-                raise UserError(f"{prefix}{name} must be {allowed.expected}, got {value!r}")
+        else:
+            check_value(value, hint, prefix + name)
+
+
+def check_value(value: Any, hint: Any, name: str) -> None:
+    """Raises UserError for a number out of the range beside its field, and for text that no file or path can hold."""
+    for allowed in getattr(hint, "__metadata__", ()):
+        if isinstance(allowed, Range) and value is not None and not allowed.holds(value):
+            raise UserError(f"{name} must be {allowed.expected}, got {shown(value)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number, got {value!r}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"{name} must be an integer of at most 64 bits, got {shown(value)}")
+    texts = [value] if isinstance(value, str) else [*value, *value.values()] if isinstance(value, dict) else []
+    for text in texts:
+        if isinstance(text, str) and ("\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text)):
+            raise UserError(f"{name} must be text without null characters and broken letters, got {shown(text)}")
+
+
+def shown(value: Any) -> str:
+    """A value in a message: its first characters are enough."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        return "an integer of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -5,49 +5,47 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import re
 import sys
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from rlcore.engine.config import Config
+from rlcore.engine.config import Config, check_value, shown
 from rlcore.engine.errors import UserError
 
 
 def load_toml(path: Path, default: Config | None = None) -> Config:
-    """The config in a TOML file over `default`. Unknown keys and wrong types raise UserError: file, line and key."""
+    """The config in a TOML file over `default`. Unknown keys, wrong types, ranges: UserError with file, line, key."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
 
     try:
-        text = path.read_text(encoding="utf-8")
+        # Editors on Windows begin a file with a byte order mark; it is no part of the text.
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: byte {error.start} can not be read") from None
+    except ValueError as error:
+        raise UserError(f"cannot read the config {str(path)!r}: {error}") from None
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # beside TOMLDecodeError: an integer of thousands of digits
         raise UserError(f"{path} is not valid TOML: {error}") from None
-
-    def line_of(section: str, key: str) -> str:
-        """` line 7`, where the key of a section stands, found by its text."""
-        current = ""
-        for number, line in enumerate(text.splitlines(), 1):
-            if table := re.match(r"\s*\[([^\]]+)\]", line):
-                current = table[1].strip()
-            if re.match(rf"\s*{re.escape(key)}\s*=", line) and current == section or table and current == key:
-                return f" line {number}"
-        return ""
+    except RecursionError:
+        raise UserError(f"{path} is not valid TOML for a config: it is nested too deeply") from None
 
     def fill(cls: type, values: dict[str, Any], base: Any, section: str) -> Any:
-        hints = typing.get_type_hints(cls)
+        hints = typing.get_type_hints(cls, include_extras=True)
         changes = {}
         for key, value in values.items():
             full = f"{section}.{key}" if section else key
-            where = f"{path}{line_of(section, key)}"
+            where = f"{path}{line_of(text, full)}"
             if key not in hints:
                 near = difflib.get_close_matches(key, hints, n=1) or nearest_elsewhere(key)
                 raise UserError(f"{where}: unknown key {full!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
@@ -57,9 +55,35 @@ def load_toml(path: Path, default: Config | None = None) -> Config:
                 changes[key] = fill(typing.cast(type, hints[key]), value, getattr(base, key), full)
             else:
                 changes[key] = coerce(value, hints[key], f"{where}: {full}")
+                check_value(changes[key], hints[key], f"{where}: {full}")
         return dataclasses.replace(base, **changes)
 
     return fill(Config, data, default or Config(), "")
+
+
+def line_of(text: str, full: str) -> str:
+    """` line 7`, where a dotted key stands in a TOML text, or the nearest table around it; nothing where unseen."""
+    lines: dict[str, int] = {}
+    table = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[+([^\]]+)\]", line):
+            table = bare(header[1])
+            lines.setdefault(table, number)
+        elif assignment := re.match(r"([^=#]+)=", line):
+            key = bare(assignment[1])
+            lines.setdefault(f"{table}.{key}" if table else key, number)
+    while full:
+        # `update.lr = 1` and [update.x] make the table `update` too.
+        at = [number for key, number in lines.items() if key == full or key.startswith(full + ".")]
+        if at:
+            return f" line {min(at)}"
+        full = full.rpartition(".")[0]
+    return ""
+
+
+def bare(key: str) -> str:
+    """A dotted key without quotes and blanks."""
+    return ".".join(part.strip().strip("\"'") for part in key.split("."))
 
 
 def nearest_elsewhere(key: str) -> list[str]:
@@ -68,24 +92,45 @@ def nearest_elsewhere(key: str) -> list[str]:
     return [names[near] for near in difflib.get_close_matches(key, names, n=1)]
 
 
+NAMES = {int: "an integer", float: "a number", str: "a text in quotes", bool: "true or false", dict: "a table"}
+
+
 def coerce(value: Any, hint: Any, where: str) -> Any:
     """`value` as the type of a field, or UserError. Integers pass as floats; nothing else is converted."""
+    hint = plain(hint)
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value in options:
             return value
-        raise UserError(f"{where} must be one of {', '.join(map(str, options))}, got {value!r}")
-    if origin in (typing.Union, types.UnionType):
-        hint = next(option for option in options if option is not type(None))
-    if origin is dict:
-        if isinstance(value, dict):
-            return {str(key): str(item) for key, item in value.items()}
-    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    elif isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
+        raise UserError(f"{where} must be one of {', '.join(map(str, options))}, got {shown(value)}")
+    if origin is dict and isinstance(value, dict):
+        return {key: as_text(item, where) if options[1] is str else coerce(item, options[1], where)
+                for key, item in value.items()}  # fmt: skip
+    if origin is list and isinstance(value, list):
+        return [coerce(item, options[0], where) for item in value]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        # An integer beyond the largest float is as little a number to work with as infinity.
+        return float(value) if abs(value) < sys.float_info.max else math.inf
+    if origin is None and isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
-    names = {int: "an integer", float: "a number", str: "a text in quotes", bool: "true or false", dict: "a table"}
-    raise UserError(f"{where} must be {names[origin or hint]}, got {value!r}")
+    raise UserError(f"{where} must be {NAMES.get(origin or hint, 'a list')}, got {shown(value)}")
+
+
+def plain(hint: Any) -> Any:
+    """int of `Annotated[int, ...]` and of `int | None`."""
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+    return hint
+
+
+def as_text(value: Any, where: str) -> str:
+    """An option of a task, which may be any TOML value, as text."""
+    try:
+        return str(value)
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        raise UserError(f"{where} must hold numbers and texts, got {shown(value)}") from None
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -120,13 +165,18 @@ def to_toml(config: Config, leave_out: tuple[str, ...] = ()) -> str:
             lines.append(f"\n[{name}]")
         for key, value in items.items():
             if isinstance(value, dict):
-                pairs = ", ".join(f"{json.dumps(k)} = {json.dumps(v)}" for k, v in value.items())
+                pairs = ", ".join(f"{literal(k)} = {literal(v)}" for k, v in value.items())
                 lines.append(f"{key} = {{ {pairs} }}" if value else f"{key} = {{}}")
             elif value is not None and not dataclasses.is_dataclass(value):
-                lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
+                lines.append(f"{key} = {literal(value)}")
         for key, value in items.items():
             if dataclasses.is_dataclass(value):
                 table(value, f"{name}.{key}" if name else key)
 
     table(config, "")
     return "\n".join(lines) + "\n"
+
+
+def literal(value: Any) -> str:
+    """A value as TOML spells it: JSON, but for the one control character that JSON leaves bare."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

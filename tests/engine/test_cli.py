@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rlcore.cli import main
+from rlcore.cli import COMMANDS, main
 from rlcore.engine.checkpoint import found
 from rlcore.engine.config import Config
 from rlcore.engine.config_file import load_toml, to_toml
@@ -21,9 +21,9 @@ from rlcore.engine.logging import read
 COMMAND = [sys.executable, "-m", "rlcore.cli"]
 
 
-def fails(capsys, *arguments: str) -> str:
+def fails(capsys, *arguments: str, command: str = "train") -> str:
     """The message of a command that ends with exit code 2: one sentence, no traceback."""
-    assert main(["train", *arguments]) == 2
+    assert main([command, *arguments]) == 2
     message = capsys.readouterr().err
     assert message.startswith("rlcore: ") and message.count("\n") == 1 and "Traceback" not in message
     return message
@@ -66,15 +66,114 @@ def test_commands(capsys):
     assert main([]) == 0
     assert main(["trian"]) == 2
     assert "train" in capsys.readouterr().err
+    assert "did you mean train?" in fails(capsys, command="trian")
     assert main(["backends"]) == 0
     assert "reference" in capsys.readouterr().out
 
 
-def test_unknown_option_names_the_nearest(capsys):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(capsys, command):
     with pytest.raises(SystemExit) as error:
-        main(["train", "--update.learning-rates", "3", "--update.epoch", "2"])
-    assert error.value.code == 2
-    assert "--update.epochs" in capsys.readouterr().err
+        main([command, "--help"])
+    assert error.value.code == 0
+    assert f"rlcore {command}" in capsys.readouterr().out
+    assert "--nonsense" in fails(capsys, "--nonsense", command=command)
+
+
+def test_methods(capsys):
+    import rlcore
+
+    assert main(["methods"]) == 0
+    text = capsys.readouterr().out
+    for method in rlcore.methods().values():
+        for part in (method.key, method.title, method.paper, method.formula, *method.needs, *method.defaults):
+            assert part in text
+
+
+def test_exit_codes_are_in_the_help(capsys):
+    assert main(["--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("exit codes: 0 done", "2 a mistake", "3 the machine could not", "130 interrupted", *COMMANDS):
+        assert part in text
+
+
+def test_a_reader_that_leaves(tmp_path):
+    """`rlcore methods | head -0`: one sentence, no traceback."""
+    process = subprocess.run(
+        f"{sys.executable} -m rlcore.cli methods | true; exit ${{PIPESTATUS[0]}}",
+        shell=True, executable="/bin/bash", capture_output=True, text=True, env=environment(),
+    )  # fmt: skip
+    assert process.returncode in (0, 3) and "Traceback" not in process.stderr and "Exception" not in process.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_an_output_that_is_full():
+    process = subprocess.run(
+        f"{sys.executable} -m rlcore.cli methods > /dev/full",
+        shell=True, capture_output=True, text=True, env=environment(),
+    )  # fmt: skip
+    assert process.returncode == 3 and "No space left" in process.stderr and "Traceback" not in process.stderr
+
+
+def test_out_of_memory_is_one_sentence(capsys, monkeypatch):
+    import torch
+
+    from rlcore.engine import trainer
+
+    def allocate(config, resume):
+        torch.empty(2**62, dtype=torch.int8)
+
+    monkeypatch.setattr(trainer, "train", allocate)
+    assert main(["train", "--name", "x"]) == 3
+    assert "not enough memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("--update.epoch 2", ["--update.epoch;", "--update.epochs"]),
+        ("--lr 3", ["--update.lr", "--lr;"]),
+        ("--rollout.lr 3", ["--update.lr"]),
+        ("--updates.epochs 3", ["--update.epochs"]),
+        ("--no-shuffle-reward", ["--no-shuffle-rewards"]),
+        ("--zzz", ["--zzz", "--help"]),
+        ("--steps x", ["--steps must be an integer, got 'x'"]),
+        ("--steps 1.5", ["--steps must be an integer, got '1.5'"]),
+        ("--update.lr=fast", ["--update.lr must be a number, got 'fast'"]),
+        ("--update.clip_low low", ["--update.clip-low must be a number, got 'low'"]),
+        ("--steps", ["--steps"]),
+        ("--update.layout tre", ["auto", "tree", "padded", "'tre'"]),
+        ("--task.options alone", ["--task.options must be KEY VALUE pairs, got 'alone'"]),
+        ("here there", ["here, there"]),
+        ("--update.lr nan", ["update.lr", "greater than 0"]),
+        ("--update.lr inf", ["update.lr", "finite", "inf"]),
+        ("--threads 100000", ["threads", "1024"]),
+        ("--seed 99999999999999999999", ["seed", "64 bits"]),
+        ("--model.cache ~nobody-of-this-name/x", ["model.cache", "home"]),
+        ("--config=", ["config"]),
+        ("--resume=", ["--resume", "not the directory of a run"]),
+    ],
+)
+def test_mistakes_on_the_command_line(capsys, arguments, parts):
+    message = fails(capsys, *arguments.split())
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_the_reason_is_found_in_every_box(encoding):
+    """tyro draws its boxes with other characters where the terminal has no better ones."""
+    process = subprocess.run(
+        [*COMMAND, "train", "--steps", "x"],
+        capture_output=True, text=True, env={**environment(), "PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert process.returncode == 2
+    assert process.stderr == "rlcore: --steps must be an integer, got 'x' (rlcore train --help lists all options)\n"
+
+
+def test_text_that_no_file_can_hold(capsys):
+    assert "name must be text without" in fails(capsys, "--name", "a\udcff")
+    assert "task.options must be text without" in fails(capsys, "--task.options", "a", "b\0")
 
 
 def test_help_is_the_docstrings(capsys):

@@ -19,7 +19,7 @@ def write(tmp_path, text):
 
 def test_round_trip(tmp_path):
     config = Config(
-        method="rloo", shuffle_rewards=True, name='a "name"\nwith\tall', task=TaskConfig(options={"max_terms": "3"})
+        method="rloo", shuffle_rewards=True, name='a "name"\nwith\tall\x7f', task=TaskConfig(options={"a\x7f": "\x1f"})
     )
     config = dataclasses.replace(config, update=dataclasses.replace(config.update, clip_high=0.28, lr=1e-7))
     assert load_toml(write(tmp_path, to_toml(config))) == config
@@ -50,6 +50,23 @@ def test_file_over_defaults(tmp_path):
         ("steps = 1\nupdate = 3\n", ["line 2", "[update]"]),
         ("shuffle_rewards = 1\n", ["true or false"]),
         ("steps = \n", ["not valid TOML", "line 1"]),
+        ("steps = 0\n", ["line 1", "steps", "at least 1", "got 0"]),
+        ("# lr\n[update]\nlr = -1\n", ["line 3", "update.lr", "greater than 0"]),
+        ("[update]\nlr = inf\n", ["line 2", "update.lr", "finite"]),
+        ("[update]\nlr = nan\n", ["line 2", "update.lr", "nan"]),
+        (f"[update]\nlr = {'9' * 400}\n", ["line 2", "update.lr", "finite"]),
+        ("seed = 99999999999999999999\n", ["line 1", "seed", "64 bits"]),
+        (f"steps = 0x{'f' * 5000}\n", ["line 1", "steps", "64 bits"]),
+        (f"steps = {'9' * 5000}\n", ["not valid TOML"]),
+        (f"steps = {'[' * 50000}\n", ["not valid TOML"]),
+        ("steps = 1\nupdate.lr = 'x'\n", ["line 2", "update.lr", "a number"]),
+        ("steps = 1\nupdate = {lr = 'x'}\n", ["line 2", "update.lr", "a number"]),
+        ("[ 'update' ]\n'lr' = 'x'\n", ["line 2", "update.lr", "a number"]),
+        ("[[update]]\nlr = 1\n", ["line 1", "is a table"]),
+        ("steps = 1\r\n[update]\r\nepochs = 'x'\r\n", ["line 3", "update.epochs"]),
+        ('name = "a\\u0000b"\n', ["line 1", "name", "null"]),
+        ("steps = 1979-05-27\n", ["line 1", "steps", "an integer"]),
+        ("steps = [1]\n", ["line 1", "steps", "an integer", "[1]"]),
     ],
 )
 def test_errors_in_a_file(tmp_path, text, parts):
@@ -58,6 +75,23 @@ def test_errors_in_a_file(tmp_path, text, parts):
         load_toml(path)
     for part in [str(path), *parts]:
         assert part in str(error.value)
+
+
+def test_files_from_other_systems(tmp_path):
+    """A byte order mark and Windows line ends are no mistake; another encoding, a directory and a null are."""
+    path = tmp_path / "config.toml"
+    path.write_bytes(b"\xef\xbb\xbfsteps = 7\r\n[update]\r\nlr = 0.5\r\n")
+    assert (load_toml(path).steps, load_toml(path).update.lr) == (7, 0.5)
+    path.write_bytes("name = 'ä'\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"config\.toml is not UTF-8 text: byte 8"):
+        load_toml(path)
+    path.write_bytes("steps = 7\n".encode("utf-16"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_toml(path)
+    with pytest.raises(UserError, match="Is a directory"):
+        load_toml(tmp_path)
+    with pytest.raises(UserError, match="null"):
+        load_toml(tmp_path / "a\0b")
 
 
 def test_missing_file(tmp_path):

@@ -1,0 +1,104 @@
+"""What a run is to be: defaults < the method's own < TOML files < the command line, and where each value came from."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlcore.engine.arguments import parse
+from rlcore.engine.config import Config, validate
+from rlcore.engine.config_file import changes, load_toml
+from rlcore.engine.errors import UserError
+from rlcore.methods import methods
+
+
+@dataclass
+class Train(Config):
+    """Train a language model by reinforcement learning.
+
+    Without options a small model learns sums and differences of two numbers in a few minutes. Values come from the
+    defaults, then from the method's own, then from a TOML file (--config, or the run's own on --resume), then from the
+    command line.
+    """
+
+    config: Path | None = None
+    """A TOML file with the options below; each run writes its own as runs/NAME/config.toml."""
+    resume: Path | None = None
+    """Directory of a run to go on with, from its last good checkpoint."""
+    dry_run: bool = False
+    """Print the resolved config, the parameters, an estimate of the memory and the size of a step; write nothing."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A valid config; `sources` names, for every dotted key that is not at its default, who set it."""
+
+    config: Config
+    sources: dict[str, str]
+    resume: bool
+    dry_run: bool
+
+
+def resolve(arguments: list[str]) -> Resolved:
+    """The config of `rlcore train ARGUMENTS`; UserError names the key or option that is not as it must be."""
+    resume, given = value_of("--resume", arguments), value_of("--config", arguments)
+    files = [] if resume is None else [config_of(resume)]
+    files += [] if given is None else [Path(given)]
+
+    config = Config()
+    sources: dict[str, str] = {}
+
+    def layer(changed: Config, source: str) -> Config:
+        for key in changes(config, changed):
+            sources[key] = source
+        return changed
+
+    for file in files:
+        config = load_toml(file, config)
+    method = value_of("--method", arguments) or config.method
+    config = Config()
+    own = methods()[method].defaults if method in methods() else {}
+    config = layer(with_keys(config, own), f"the method {method}")
+    for file in files:
+        config = layer(load_toml(file, config), str(file))
+    place = config.dir, config.name
+    if resume is not None:
+        directory = config_of(resume).parent
+        config = dataclasses.replace(config, dir=str(directory.parent), name=directory.name)
+        place = config.dir, config.name
+    command = parse(Train, arguments, "rlcore train", Train(**vars(config)))
+    final = Config(**{item.name: getattr(command, item.name) for item in dataclasses.fields(Config)})
+    config = layer(validate(final), "the command line")
+    if resume is not None and (config.dir, config.name) != place:
+        raise UserError(f"--resume: the run keeps its place {resume}; leave --dir and --name out")
+    return Resolved(config, sources, resume is not None, command.dry_run)
+
+
+def config_of(run: str) -> Path:
+    """config.toml of the run to be resumed."""
+    directory = Path(run) if Path(run).name not in ("", "..") else Path(run).resolve()
+    if not (directory / "config.toml").is_file():
+        raise UserError(f"--resume: {run} is not the directory of a run (it has no config.toml)")
+    return directory / "config.toml"
+
+
+def with_keys(config: Config, values: dict[str, Any]) -> Config:
+    """The config with values at dotted keys."""
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        if section:
+            name, value = section, dataclasses.replace(getattr(config, section), **{name: value})
+        config = dataclasses.replace(config, **{name: value})
+    return config
+
+
+def value_of(flag: str, arguments: list[str]) -> str | None:
+    """The value of a flag, looked up before the options are parsed because it supplies their defaults."""
+    for i, argument in enumerate(arguments):
+        if argument == flag and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(flag + "="):
+            return argument.partition("=")[2]
+    return None
