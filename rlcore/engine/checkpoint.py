@@ -3,7 +3,8 @@
     checkpoints/step-000100/ model/...  optimizer.safetensors  trainer.json  manifest.json
 
 Everything is written into a temporary directory beside the others, synced to the disk, and renamed. The manifest holds
-size and sha256 of every file; a directory that does not match it is never loaded, and a resumed run sets it aside.
+the format's version and size and sha256 of every file; a directory that does not match it is never loaded, and a
+resumed run sets it aside. One of another format is refused and left as it is.
 Model and tokenizer are in Hugging Face format, so `from_pretrained` loads a checkpoint's `model/` anywhere. Nothing is
 pickled.
 """
@@ -21,10 +22,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rlcore.engine.config import Config
 from rlcore.engine.errors import SaveError, UserError
 
 MANIFEST = "manifest.json"
-VERSION = 1
+VERSION = 2
 
 
 class Saved(NamedTuple):
@@ -48,7 +50,7 @@ def save(root: Path, step: int, model: Any, tokenizer: Any, optimizer: torch.opt
     def write(directory: Path) -> None:
         save_model(directory / "model", model, tokenizer)
         (directory / "optimizer.safetensors").write_bytes(to_bytes(optimizer_tensors(model, optimizer)))
-        (directory / "trainer.json").write_text(json.dumps({"version": VERSION, "step": step}) + "\n")
+        (directory / "trainer.json").write_text(json.dumps({"step": step}) + "\n")
 
     write_directory(final, write)
     others = [path for path in found(root) if path != final]
@@ -61,11 +63,12 @@ def load_latest(root: Path, say: Callable[[str], None]) -> Saved | None:
     """The newest whole checkpoint under `root`, or None; damaged ones are named through `say` and passed over."""
     for directory in reversed(found(root)):
         problem = why_unusable(directory)
+        if (other := format_of(directory)) not in (None, VERSION):
+            raise UserError(
+                f"{directory} was written by another version of rlcore: it has format {other}, this one reads {VERSION}"
+            )
         if problem is None:
-            state = json.loads((directory / "trainer.json").read_text())
-            if state["version"] != VERSION:
-                raise UserError(f"{directory} was written by another version of rlcore (format {state['version']})")
-            return Saved(directory, state["step"])
+            return Saved(directory, json.loads((directory / "trainer.json").read_text())["step"])
         say(f"skipping {directory}: {problem}")
     return None
 
@@ -91,12 +94,45 @@ def restore_optimizer(directory: Path, model: Any, optimizer: torch.optim.Optimi
     from safetensors.torch import load_file
 
     tensors = load_file(directory / "optimizer.safetensors")
+    check_names(tensors, model, directory / "optimizer.safetensors")
     for name, parameter in model.named_parameters():
         prefix = name + "/"
         for key in [key for key in tensors if key.startswith(prefix)]:
             value = tensors[key]
             # AdamW keeps its step count on the host.
             optimizer.state[parameter][key[len(prefix) :]] = value if value.dim() == 0 else value.to(parameter.device)
+
+
+def check_names(tensors: dict[str, torch.Tensor], model: Any, path: Path) -> None:
+    """Raises UserError where the state of an optimizer belongs to parameters that the model does not have."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    wrong = [
+        f"{key} {tuple(value.shape)} for {shapes[name]}" if name in shapes else key
+        for key, value in tensors.items()
+        for name in [key.rpartition("/")[0]]
+        if name not in shapes or value.dim() > 0 and tuple(value.shape) != shapes[name]
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{path} is of another model: it holds {', '.join(wrong[:3])}{more}")
+
+
+def check_shape(model: Any, config: Config, directory: Path) -> None:
+    """Raises UserError where a checkpoint's small model is not the one that the config describes; names the keys."""
+    if config.model.path:
+        return
+    there = {
+        "hidden_size": model.config.hidden_size,
+        "layers": model.config.num_hidden_layers,
+        "heads": model.config.num_attention_heads,
+    }
+    wrong = [
+        f"model.{k} is {v} there and {w} in the config"
+        for k, v in there.items()
+        if v != (w := getattr(config.model, k))
+    ]
+    if wrong:
+        raise UserError(f"{directory} is a checkpoint of another model: {', '.join(wrong)}")
 
 
 def optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -126,12 +162,12 @@ def write_directory(final: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write(temporary)
-        manifest = {
+        files = {
             str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": digest(path)}
             for path in sorted(temporary.rglob("*"))
             if path.is_file()
         }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        (temporary / MANIFEST).write_text(json.dumps({"format": VERSION, "files": files}, indent=1))
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
         if why_unusable(final) is None:
@@ -152,7 +188,9 @@ def why_unusable(directory: Path) -> str | None:
     """Why a checkpoint can not be loaded, in a few words, or None where every file matches the manifest."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
-        for name, entry in manifest.items():
+        if (other := format_of(directory)) != VERSION:
+            return f"{MANIFEST} has format {other}, not {VERSION}"
+        for name, entry in manifest["files"].items():
             path = directory / name
             if not path.is_file():
                 return f"{name} is missing"
@@ -163,6 +201,16 @@ def why_unusable(directory: Path) -> str | None:
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return f"{MANIFEST} is missing or cut short"
     return None
+
+
+def format_of(directory: Path) -> int | None:
+    """The format in which a checkpoint was written, or None where its manifest can not be read."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+    # The first format had no number: its manifest was the table of files itself.
+    return manifest.get("format", 1) if isinstance(manifest, dict) else None
 
 
 def found(root: Path) -> list[Path]:

@@ -54,6 +54,7 @@ def train(config: Config, resume: bool = False) -> None:
             model, tokenizer = load_or_make(config, task, device, print)
         else:
             model, tokenizer = load(saved.path / "model")
+            checkpoint.check_shape(model, config, saved.path)
         check_fit(model, tokenizer, task, config.rollout.max_new_tokens)
         policy = Policy(model.to(device), tokenizer.pad_token_id, config.update.layout, config.rollout.temperature)
         optimizer = torch.optim.AdamW(

@@ -106,12 +106,33 @@ def test_without_a_good_checkpoint_there_is_none(tmp_path, trained):
     assert load_latest(tmp_path, pytest.fail).step == 1
 
 
-def test_another_format_is_refused(tmp_path, trained, monkeypatch):
-    monkeypatch.setattr(checkpoint, "VERSION", 999)
+@pytest.mark.parametrize("number", [None, 1, 999])
+def test_another_format_is_refused(tmp_path, trained, number):
+    """Neither loaded nor taken for damaged; the first format had a manifest without a number."""
+    import json
+
     save_at(tmp_path, 1, trained)
-    monkeypatch.undo()
-    with pytest.raises(UserError, match="another version"):
+    manifest = save_at(tmp_path, 2, trained) / "manifest.json"
+    content = json.loads(manifest.read_text())
+    assert content["format"] == checkpoint.VERSION
+    manifest.write_text(json.dumps(content["files"] if number is None else {**content, "format": number}))
+    with pytest.raises(
+        UserError, match=rf"another version.* format {number or 1}, this one reads {checkpoint.VERSION}"
+    ):
         load_latest(tmp_path, pytest.fail)
+
+
+def test_a_state_of_another_model_is_refused(tmp_path, trained):
+    """The parameters that the model does not have are named, and those of another shape."""
+    model = trained[0]
+    path = save_at(tmp_path, 1, trained)
+    other = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(7, 32)})})
+    with pytest.raises(UserError, match=r"another model.*layers\.0\..* and \d+ more"):
+        restore_optimizer(path, other, torch.optim.AdamW(other.parameters()))
+    wider = copy.deepcopy(model)
+    wider.model.norm.weight = torch.nn.Parameter(torch.ones(33))
+    with pytest.raises(UserError, match=r"model\.norm\.weight/exp_avg \(32,\) for \(33,\)"):
+        restore_optimizer(path, wider, torch.optim.AdamW(wider.parameters()))
 
 
 class FullDisk:
