@@ -1,5 +1,5 @@
-// One register of floats at a time: 16 with AVX-512, 8 with AVX2, 4 elsewhere. Wider vectors than the registers compile
-// too, but the halves travel through memory (a row pass on AVX2 took five times as long).
+// One register of floats at a time: 16 with AVX-512, 8 with AVX2, 4 elsewhere. Wider vectors compile too, but a value
+// here is meant to stay in a register.
 //
 // Included by sources that are compiled once per instruction set, each time into a namespace of its own (RLCORE_ISA),
 // so that no function compiled for AVX-512 can be linked where a plain CPU calls it. Nothing here may be a template or

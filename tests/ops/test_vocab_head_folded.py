@@ -413,9 +413,10 @@ def test_gradients_that_come_in_on_masked_rows_are_not_read(frozen):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_weight_gradients_are_put_together_from_slices(monkeypatch, dtype, compiled):
-    """The sums are those of one whole: kept in fp32 until the incoming gradient is applied, then rounded once."""
+    """The sums over all chunks are those of one whole: in fp32 until the incoming gradient is applied, rounded once."""
     case = make("random", "bias", dtype)
     batch = batch_of(case)
+    monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 13 * case.weight.shape[0] * 4)
 
     def loss(hidden, weight, bias):
         return linear_policy_loss(hidden, weight, batch, Objective(), bias, **case.numbers())[0]
