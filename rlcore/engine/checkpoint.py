@@ -36,20 +36,28 @@ class Saved(NamedTuple):
     step: int
 
 
-def save(root: Path, step: int, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, keep: int) -> Path:
+def save(
+    root: Path,
+    step: int,
+    model: Any,
+    tokenizer: Any,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    more: Callable[[Path], None] = lambda directory: None,
+) -> Path:
     """Writes `root/step-...` whole or not at all and removes all but the last `keep`; returns its path.
 
-    Raises SaveError where the disk is full or not writable; what was there before is left as it was.
+    more: writes what else belongs into the directory. Raises SaveError where the disk is full or not writable; what was
+    there before is left as it was.
     """
-    from safetensors.torch import save as to_bytes
-
     final = root / f"step-{step:06d}"
     if final.exists() and why_unusable(final) is None:
         return final
 
     def write(directory: Path) -> None:
         save_model(directory / "model", model, tokenizer)
-        (directory / "optimizer.safetensors").write_bytes(to_bytes(optimizer_tensors(model, optimizer)))
+        save_optimizer(directory / "optimizer.safetensors", model, optimizer)
+        more(directory)
         (directory / "trainer.json").write_text(json.dumps({"step": step}) + "\n")
 
     write_directory(final, write)
@@ -89,12 +97,19 @@ def set_aside(root: Path, after: int) -> None:
                 raise SaveError(f"could not rename {directory}: {error.strerror}") from error
 
 
-def restore_optimizer(directory: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
+def save_optimizer(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer's state by the names of the model's parameters."""
+    from safetensors.torch import save as to_bytes
+
+    path.write_bytes(to_bytes(optimizer_tensors(model, optimizer)))
+
+
+def restore_optimizer(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
     """Puts the optimizer's saved state back; parameters go by name, hyper-parameters stay those of `optimizer`."""
     from safetensors.torch import load_file
 
-    tensors = load_file(directory / "optimizer.safetensors")
-    check_names(tensors, model, directory / "optimizer.safetensors")
+    tensors = load_file(path)
+    check_names(tensors, model, path)
     for name, parameter in model.named_parameters():
         prefix = name + "/"
         for key in [key for key in tensors if key.startswith(prefix)]:

@@ -1,6 +1,7 @@
 """The configuration: dataclasses that are the command line, its help and the TOML file.
 
-Precedence: the defaults below < a TOML file (`--config FILE`, or `runs/NAME/config.toml` on resume) < the command line.
+Precedence: the defaults below < those of the method < a TOML file (`--config FILE`, or `runs/NAME/config.toml` on
+resume) < the command line.
 The string under a field is its help text, the range beside its type is checked by `validate`.
 """
 
@@ -98,6 +99,16 @@ class RolloutConfig:
     """Sample from the k likeliest tokens only; 0 is off."""
     top_p: Annotated[float, PROBABILITY] = 1.0
     """Sample from the smallest set of tokens that holds this much probability; 1 is off."""
+    dynamic_sampling: bool = False
+    """Replace prompts whose answers all have the same reward, which teach nothing, by freshly sampled ones."""
+    max_resample: Annotated[int, AT_LEAST_ONE] = 3
+    """Most rounds of dynamic sampling in a step; groups that are still without a signal then stay."""
+    overlong_buffer: Annotated[float, SHARE] = 0.0
+    """Share of max_new_tokens, at its end, in which answers are penalized for their length; 0 is off."""
+    overlong_penalty: Annotated[float, NOT_NEGATIVE] = 1.0
+    """Penalty at max_new_tokens; it rises from 0 in a straight line over the buffer."""
+    overlong_filter: bool = False
+    """Leave answers that were cut off at max_new_tokens out of the loss."""
 
 
 @dataclass
@@ -109,7 +120,10 @@ class UpdateConfig:
     warmup: Annotated[int, NOT_NEGATIVE] = 5
     """Steps over which the learning rate rises linearly from zero."""
     final_lr: Annotated[float, SHARE] = 0.05
-    """Share of the learning rate that is left at the last step; it falls in a straight line."""
+    """Share of the learning rate that is left at the last step."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How the learning rate falls to that share: in a straight line from the first step on, along a cosine after the
+    warm-up, or not at all."""
     beta1: Annotated[float, DECAY] = 0.9
     """AdamW's decay of the first moment."""
     beta2: Annotated[float, DECAY] = 0.99
@@ -128,8 +142,44 @@ class UpdateConfig:
     """Lower clip width of the probability ratio; the method's own where absent."""
     clip_high: Annotated[float | None, NOT_NEGATIVE] = None
     """Upper clip width of the probability ratio; the method's own where absent."""
+    ema: Annotated[float, DECAY] = 0.0
+    """Decay per optimizer step of a moving average of the weights, which evaluations then use; 0 is off."""
     layout: Literal["auto", "tree", "padded"] = "auto"
     """tree: packed prefix trees and the folded head; padded: plain batches; auto: trees where they are exact."""
+
+
+@dataclass
+class CriticConfig:
+    """The value model of methods with a critic: a copy of the policy's trunk with a head of its own."""
+
+    lr: Annotated[float, POSITIVE] = 1.5e-3
+    """Peak learning rate of its own AdamW; it rises and falls with the policy's."""
+    gamma: Annotated[float, SHARE] = 1.0
+    """Discount per token."""
+    lam: Annotated[float, SHARE] = 0.95
+    """Lambda of the generalized advantage estimates."""
+    clip: Annotated[float, NOT_NEGATIVE] = 0.2
+    """How far a value may move from the old one before its loss is clipped; 0 is off."""
+    max_grad_norm: Annotated[float, POSITIVE] = 1.0
+    """Its gradients are scaled down to this global norm."""
+    warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
+    """First steps in which the critic alone learns."""
+
+
+@dataclass
+class KLConfig:
+    """The distance to the model that the run started from."""
+
+    place: Literal["none", "loss", "reward"] = "none"
+    """Where it is penalized: as a term of the loss, or in the reward of every token."""
+    coef: Annotated[float, NOT_NEGATIVE] = 0.001
+    """Coefficient, or the first one where it adapts."""
+    kind: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator: with x = log pi - log ref, k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x."""
+    adaptive_target: Annotated[float, NOT_NEGATIVE] = 0.0
+    """KL per answer, in nats, that the coefficient is steered to; 0: the coefficient is fixed."""
+    horizon: Annotated[int, AT_LEAST_ONE] = 10000
+    """Answers over which the coefficient adapts."""
 
 
 @dataclass
@@ -149,7 +199,7 @@ class Config:
     """Reinforcement learning of a language model on a task with a verifier."""
 
     method: str = "grpo"
-    """Algorithm, by key: grpo, rloo, reinforce_pp."""
+    """Algorithm, by key: grpo, rloo, reinforce_pp, ppo, dr_grpo, gspo, dapo, cispo, lite_ppo, loop."""
     steps: Annotated[int, AT_LEAST_ONE] = 400
     """Steps: rollout, reward, advantage, update."""
     seed: int = 0
@@ -174,6 +224,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
@@ -201,6 +253,19 @@ def validate(config: Config) -> Config:
         raise UserError(
             f"rollout.samples must be at least 2 for {config.method}, which compares the answers of a group, got "
             f"{config.rollout.samples}"
+        )
+    if config.rollout.dynamic_sampling and config.rollout.samples < 2:
+        raise UserError(
+            "rollout.samples must be at least 2 with rollout.dynamic_sampling, which looks for groups of answers that "
+            f"differ, got {config.rollout.samples}"
+        )
+    if config.kl.place == "none" and config.kl.adaptive_target:
+        raise UserError(
+            f"kl.place must be loss or reward with kl.adaptive_target = {config.kl.adaptive_target}, got 'none'"
+        )
+    if config.kl.place == "loss" and config.kl.kind == "k1":
+        raise UserError(
+            "kl.kind must be k2 or k3 with kl.place = loss: the gradient of k1 is zero on average, got 'k1'"
         )
     return config
 

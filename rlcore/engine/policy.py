@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import rlcore as rl
-from rlcore.adapters.transformers import head
+from rlcore.adapters.transformers import decoder, head, unwrap
 from rlcore.engine.errors import UserError
 
 Prompts = list[list[int]]
@@ -60,21 +60,31 @@ class Policy:
             return rl.linear_logprob(hidden, target=batch.target, **self._head()).logp
         return rl.logprob(self._logits(prompts, responses), batch.target, self.temperature).logp
 
+    def hidden(self, prompts: Prompts, responses: Responses) -> Tensor:
+        """The decoder's last hidden states [N, H] at the positions that predict the answers' tokens."""
+        if self.layout == "tree":
+            return rl.trunk(self.model, answer_tree(prompts, responses, self.device))
+        ids, mask, rows = self._padded(prompts, responses)
+        return decoder(unwrap(self.model))(ids, attention_mask=mask, use_cache=False).last_hidden_state[rows]
+
     def _head(self) -> dict[str, Any]:
         return {**head(self.model)._asdict(), "temperature": self.temperature}
 
     def _logits(self, prompts: Prompts, responses: Responses) -> Tensor:
-        """[N, V] at the positions that predict the answers' tokens, from right-padded rows with repeated prompts."""
+        """[N, V] at the positions that predict the answers' tokens."""
+        ids, mask, rows = self._padded(prompts, responses)
+        return self.model(ids, attention_mask=mask, use_cache=False).logits[rows]
+
+    def _padded(self, prompts: Prompts, responses: Responses) -> tuple[Tensor, Tensor, Tensor]:
+        """Right-padded rows with repeated prompts: ids, attention mask, and where answers' tokens are predicted."""
         pairs = [(prompt, answer) for prompt, group in zip(prompts, responses, strict=True) for answer in group]
         width = max(len(prompt) + len(answer) for prompt, answer in pairs)
         ids = [prompt + answer + [self.pad_id] * (width - len(prompt) - len(answer)) for prompt, answer in pairs]
         start = torch.tensor([len(prompt) for prompt, _ in pairs], device=self.device)[:, None]
         length = torch.tensor([len(answer) for _, answer in pairs], device=self.device)[:, None]
         column = torch.arange(width, device=self.device)
-        logits = self.model(
-            torch.tensor(ids, device=self.device), attention_mask=(column < start + length).long(), use_cache=False
-        ).logits
-        return logits[(column >= start - 1) & (column < start + length - 1)]
+        mask = (column < start + length).long()
+        return torch.tensor(ids, device=self.device), mask, (column >= start - 1) & (column < start + length - 1)
 
 
 def answer_tree(prompts: Prompts, responses: Responses, device: torch.device) -> rl.PrefixTree:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +31,7 @@ class Rollout:
     finished: Tensor  # [S] bool: ended with the end token
     model_logp: Tensor  # [N] the sampler's log-probs before top-k and top-p
     batch: rl.TokenBatch
+    scoring: float = 0.0  # seconds that the rewards took
 
 
 def roll_out(
@@ -59,6 +61,7 @@ def roll_out(
     group = torch.arange(len(problems), device=offsets.device).repeat_interleave(config.samples)
     answers = [ids[:length] for ids, length in zip(drawn.ids.tolist(), drawn.lengths.tolist(), strict=True)]
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    start = time.perf_counter()
     rewards = [task.score(problems[s // config.samples], text) for s, text in enumerate(texts)]
     return Rollout(
         problems=problems,
@@ -69,6 +72,7 @@ def roll_out(
         finished=drawn.ids.gather(1, drawn.lengths[:, None] - 1).squeeze(1) == tokenizer.eos_token_id,
         model_logp=drawn.model_logp[real],
         batch=rl.TokenBatch(drawn.ids[real], offsets, group=group, rollout_logp=drawn.behaviour_logp[real]),
+        scoring=time.perf_counter() - start,
     )
 
 
@@ -80,10 +84,15 @@ def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 def take(batch: rl.TokenBatch, sequences: Tensor) -> rl.TokenBatch:
     """The given sequences [K] of a flat batch as a minibatch with denominators of its own."""
     assert batch.offsets is not None
-    lengths = batch.offsets.diff()[sequences]
-    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    shift = torch.repeat_interleave(batch.offsets[sequences] - offsets[:-1], lengths)
-    rows = torch.arange(int(offsets[-1]), device=shift.device) + shift
+    rows, offsets = rows_of(batch.offsets, sequences)
     fields = {name: x for name in TENSORS if (x := getattr(batch, name)) is not None and name != "offsets"}
     parts = {name: x[sequences] if name == "group" else x[rows] for name, x in fields.items()}
     return replace(batch, **parts, offsets=offsets, totals=None)
+
+
+def rows_of(offsets: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of the given sequences [K], one after the other, and the offsets [K + 1] among these rows."""
+    lengths = offsets.diff()[sequences]
+    chosen = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    shift = torch.repeat_interleave(offsets[sequences] - chosen[:-1], lengths)
+    return torch.arange(int(chosen[-1]), device=shift.device) + shift, chosen

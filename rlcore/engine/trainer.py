@@ -1,12 +1,9 @@
 """The loop: sample prompts -> roll out -> reward -> advantage -> update -> evaluate -> log -> checkpoint.
 
-P prompts per step, G answers per prompt, S = P * G answers (sequences) of N tokens together. A step's answers are gone
-through `epochs` times; each pass deals the prompts, with all their answers, into minibatches, one optimizer step each;
-a minibatch goes through the model in micro-batches whose losses sum to the minibatch's loss.
+P prompts per step, G answers per prompt, S = P * G answers (sequences) of N tokens together.
 
-Everything random comes from a stream named by (seed, purpose, step). So step k follows from the weights and the
-optimizer's state after step k - 1 alone: that is all that a checkpoint holds, and a resumed run repeats an
-uninterrupted one bit by bit.
+Everything random comes from a stream named by (seed, purpose, step). So step k follows from what learned up to step
+k - 1 alone (`Learner`): that is all that a checkpoint holds, and a resumed run repeats an uninterrupted one bit by bit.
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,12 +27,14 @@ from rlcore.engine.evaluate import evaluate
 from rlcore.engine.logging import RunLog
 from rlcore.engine.model import check_fit, load, load_or_make
 from rlcore.engine.policy import Policy
+from rlcore.engine.reference import load_reference
+from rlcore.engine.resample import fill_up, token_count, without_signal
 from rlcore.engine.rollout import Rollout, roll_out
 from rlcore.engine.run import RunDirectory
-from rlcore.engine.seeding import generator, permutation
-from rlcore.engine.shaping import at_last_token
+from rlcore.engine.seeding import generator, permutation, seed_of
 from rlcore.engine.tasks import Task
-from rlcore.engine.update import clip_bounds, update
+from rlcore.engine.timing import Stopwatch
+from rlcore.engine.update import Learner
 
 
 def train(config: Config, resume: bool = False) -> None:
@@ -57,71 +57,80 @@ def train(config: Config, resume: bool = False) -> None:
             checkpoint.check_shape(model, config, saved.path)
         check_fit(model, tokenizer, task, config.rollout.max_new_tokens)
         policy = Policy(model.to(device), tokenizer.pad_token_id, config.update.layout, config.rollout.temperature)
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=config.update.lr,
-            betas=(config.update.beta1, config.update.beta2),
-            weight_decay=config.update.weight_decay,
-        )
+        learner = Learner(config, method, policy, load_reference(config, task, policy, run.path))
         if saved is not None:
-            checkpoint.restore_optimizer(saved.path, model, optimizer)
-        objective = method.objective(**clip_bounds(config, method.structure))
+            learner.restore(saved.path)
         run.accept()
 
         with RunLog(run.path, first_step, config.steps) as log, StopSignal() as stop:
             log.say(introduction(config, policy, task, run, first_step))
             # Step 0 is the evaluation before any training.
             for step in range(first_step, config.steps + 1):
-                start = time.perf_counter()
                 record: dict[str, float] = {}
                 if step > 0:
-                    problems = task.prompts(step - 1, config.rollout.prompts, config.seed)
-                    stream = generator(config.seed, "rollout", step, device=device)
-                    rollout = roll_out(model, tokenizer, task, problems, config.rollout, stream)
-                    record["time/rollout"] = time.perf_counter() - start
-
+                    clock = Stopwatch()
+                    with clock("rollout"):
+                        rollout, record = answers_of_step(model, tokenizer, task, config, step)
+                    clock.move("rollout", "reward", rollout.scoring)
                     reward = rollout.reward
                     if config.shuffle_rewards:
                         reward = reward[permutation(len(reward), config.seed, "shuffle", step)]
-                    advantage = method.advantage(at_last_token(reward, rollout.batch), rollout.batch)
-                    record |= update(policy, optimizer, objective, rollout, advantage, config, step)
-                    record |= summary(rollout)
-                    record["time/step"] = time.perf_counter() - start
-                    record["time/tokens_per_s"] = token_count(rollout) / record["time/step"]
+                    advantage, metrics = learner.learn(rollout, reward, step, clock)
                     log.answers(step, rollout, advantage, config.log_samples)
+                    record |= {**metrics, **clock.metrics()}
+                    record["time/tokens_per_s"] = record["sampled_tokens"] / record["time/step"]
 
                 if is_due(step, config.eval.every, config.steps) or step == 0:
                     start = time.perf_counter()
-                    record |= evaluate(model, tokenizer, task, config, device)
+                    with learner.evaluated():
+                        record |= evaluate(model, tokenizer, task, config, device)
                     record["time/eval"] = time.perf_counter() - start
                 log.step(step, record)
 
                 stopping = stop.requested and step < config.steps
                 if is_due(step, config.checkpoint_every, config.steps) or step == 0 or stopping:
                     log.sync()
-                    checkpoint.save(run.checkpoints, step, model, tokenizer, optimizer, config.keep)
+                    more = partial(learner.save, tokenizer=tokenizer)
+                    checkpoint.save(run.checkpoints, step, model, tokenizer, learner.optimizer, config.keep, more)
                 if stopping:
                     log.curves()
                     raise Interrupted(f"Stopped after step {step}. Go on with: {run.command}")
             log.conclude()
 
 
+def answers_of_step(
+    model: Any, tokenizer: Any, task: Task, config: Config, step: int
+) -> tuple[Rollout, dict[str, float]]:
+    """The rollout that a step learns from, and what the answers to its own prompts were like."""
+    device = model.get_input_embeddings().weight.device
+
+    def draw(again: int, count: int) -> Rollout:
+        # Each round of resampling goes through the problems in an order of its own, so nothing is carried over.
+        seed = seed_of(config.seed, "resample", again) if again else config.seed
+        stream = ("resample", step, again) if again else ("rollout", step)
+        problems = task.prompts(step - 1, config.rollout.prompts, seed)[:count]
+        random = generator(config.seed, *stream, device=device)
+        return roll_out(model, tokenizer, task, problems, config.rollout, random)
+
+    rollout = draw(0, config.rollout.prompts)
+    metrics = summary(rollout)
+    if config.rollout.dynamic_sampling:
+        rollout, resampled = fill_up(rollout, draw, config.rollout.max_resample)
+        metrics["sampled_tokens"] += resampled.pop("tokens")
+        metrics |= resampled
+    return rollout, metrics
+
+
 def summary(rollout: Rollout) -> dict[str, float]:
     """What the answers of a step were like: means over all S of them, groups_without_signal over the P groups."""
-    S = len(rollout.texts)
-    in_group = rollout.reward.reshape(len(rollout.prompts), -1)
     return {
         "reward": rollout.reward.mean().item(),
         "accuracy": (rollout.reward >= 1).float().mean().item(),
-        "length": rollout.batch.N / S,
+        "length": rollout.batch.N / len(rollout.texts),
         "finished": rollout.finished.float().mean().item(),
-        "groups_without_signal": (in_group.amax(1) == in_group.amin(1)).float().mean().item(),
+        "groups_without_signal": without_signal(rollout).float().mean().item(),
+        "sampled_tokens": token_count(rollout),
     }
-
-
-def token_count(rollout: Rollout) -> int:
-    """Tokens of a step: prompts once, and all answers."""
-    return sum(map(len, rollout.prompts)) + rollout.batch.N
 
 
 def is_due(step: int, every: int, last: int) -> bool:

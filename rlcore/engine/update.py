@@ -1,79 +1,222 @@
-"""The optimizer steps of a step: `epochs` passes over `minibatches` of micro-batches whose losses sum."""
+"""What learns, and how: the advantages of a rollout, then the optimizer steps on it.
+
+A step's answers are gone through `epochs` times; each pass deals the prompts, with all their answers, into minibatches,
+one optimizer step each; a minibatch goes through the model in micro-batches whose losses sum to the minibatch's loss.
+"""
 
 from __future__ import annotations
 
-import time
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import rlcore as rl
+from rlcore.algorithms.policy_loss import kl_divergence
+from rlcore.engine import checkpoint
 from rlcore.engine.config import Config
-from rlcore.engine.policy import Policy
+from rlcore.engine.critic import Critic, explained_variance
+from rlcore.engine.policy import Policy, Prompts, Responses
+from rlcore.engine.reference import Reference
 from rlcore.engine.rollout import Rollout, take
+from rlcore.engine.schedule import MovingAverage, learning_rate
 from rlcore.engine.seeding import permutation
+from rlcore.engine.shaping import at_last_token, length_penalty, next_coefficient
+from rlcore.engine.timing import Stopwatch
+
+Micro = tuple[Prompts, Responses, rl.TokenBatch]
 
 
-def update(
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    objective: rl.Objective,
-    rollout: Rollout,
-    advantage: Tensor,
-    config: Config,
-    step: int,
-) -> dict[str, float]:
-    """The optimizer steps on one rollout, advantage [N]; returns the metrics of the loss over all of them."""
-    start = time.perf_counter()
-    P, G = len(rollout.prompts), config.rollout.samples
-    old_logp = trainer_logp(policy, rollout, config)
-    batch = replace(rollout.batch, advantage=advantage, old_logp=old_logp)
-    optimizer.param_groups[0]["lr"] = learning_rate(config, step)
+class Learner:
+    """The policy and its optimizer, with what the config adds: critic, reference, KL coefficient, moving average."""
 
-    steps: list[dict[str, Tensor]] = []
-    for epoch in range(config.update.epochs):
-        order = torch.tensor(permutation(P, config.seed, "minibatches", step, epoch))
-        for chosen in order.tensor_split(config.update.minibatches):
-            groups = chosen.sort().values.tolist()
-            sequences = torch.tensor([g * G + i for g in groups for i in range(G)], device=batch.device)
-            parts: list[dict[str, Tensor]] = []
-            for micro in take(batch, sequences).split(config.update.micro_tokens, by="group"):
-                assert micro.sequences is not None
-                own = groups[micro.sequences.start // G : micro.sequences.stop // G]
-                prompts, responses = [rollout.prompts[g] for g in own], [rollout.responses[g] for g in own]
-                loss, metrics = policy.loss(prompts, responses, micro, objective)
+    def __init__(self, config: Config, method: rl.Method, policy: Policy, reference: Reference | None) -> None:
+        self.config, self.method, self.policy, self.reference = config, method, policy, reference
+        self.optimizer = torch.optim.AdamW(
+            policy.model.parameters(),
+            lr=config.update.lr,
+            betas=(config.update.beta1, config.update.beta2),
+            weight_decay=config.update.weight_decay,
+        )
+        self.critic = Critic(policy, config.critic, config.update) if "critic" in method.needs else None
+        self.average = MovingAverage(policy.model, config.update.ema) if config.update.ema else None
+        self.kl_coef = config.kl.coef
+        self.objective()
+
+    def objective(self) -> rl.Objective:
+        """The method's objective with the configured clip bounds and the KL term as it stands at this step."""
+        changes: dict[str, Any] = clip_bounds(self.config, self.method.structure)
+        if self.config.kl.place == "loss":
+            changes["kl"] = rl.KL(self.config.kl.kind, self.kl_coef)
+        if "length" in self.method.structure:
+            changes["length"] = self.config.rollout.max_new_tokens
+        return self.method.objective(**changes)
+
+    def learn(self, rollout: Rollout, reward: Tensor, step: int, clock: Stopwatch) -> tuple[Tensor, dict[str, float]]:
+        """The optimizer steps on one rollout with rewards [S]; returns its advantages [N] and the metrics of a step."""
+        objective = self.objective()
+        with clock("forward_backward"):
+            batch = self.with_scores(rollout)
+        batch, metrics = self.with_advantage(rollout, batch, reward)
+        metrics |= self.optimize(rollout, batch, objective, step, clock)
+        mismatch = (required(batch.old_logp) - rollout.model_logp).abs()
+        return required(batch.advantage), {
+            **metrics,
+            "mismatch_max": mismatch.max().item(),
+            "mismatch_mean": mismatch.mean().item(),
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
+
+    @torch.no_grad()
+    def with_scores(self, rollout: Rollout) -> rl.TokenBatch:
+        """The rollout's tokens with what the models say of them before the update: old_logp, ref_logp and value, [N].
+
+        The sampler's own log-probs differ from old_logp in the last digits (a KV cache, other shapes): ratios to these
+        start at exactly 1, and the difference is logged.
+        """
+        config, batch = self.config, rollout.batch
+        parts = list(micro_batches(rollout, batch, range(len(rollout.prompts)), config))
+        scores: dict[str, Any] = {"old_logp": torch.cat([self.policy.logp(*part) for part in parts])}
+        if self.reference is not None:
+            scores["ref_logp"] = torch.cat([self.reference.logp(*part) for part in parts])
+        if self.critic is not None:
+            value = torch.cat([self.critic(prompts, responses) for prompts, responses, _ in parts])
+            scores |= {"value": value, "old_value": value}
+        mask = rl.per_token(rollout.finished, batch) if config.rollout.overlong_filter else batch.mask
+        return replace(batch, **scores, mask=mask)
+
+    def with_advantage(
+        self, rollout: Rollout, batch: rl.TokenBatch, reward: Tensor
+    ) -> tuple[rl.TokenBatch, dict[str, float]]:
+        """The batch with `advantage` [N], and `returns` [N] where there is a critic; the metrics of what was paid."""
+        config, metrics = self.config, {}
+        if config.rollout.overlong_buffer:
+            penalty = length_penalty(batch.lengths(), config.rollout)
+            reward = reward + penalty
+            metrics["overlong_penalty"] = penalty.mean().item()
+        paid = at_last_token(reward, batch)
+        if self.reference is not None:
+            old_logp, ref_logp = required(batch.old_logp), required(batch.ref_logp)
+            answers = batch.S
+            metrics["kl/answer"] = (old_logp - ref_logp).sum().item() / answers
+            metrics["kl/coef"] = self.kl_coef
+            if config.kl.place == "reward":
+                paid = paid - self.kl_coef * kl_divergence(old_logp, ref_logp, config.kl.kind)
+            if target := config.kl.adaptive_target:
+                kl = metrics["kl/answer"]
+                self.kl_coef = next_coefficient(self.kl_coef, kl, target, config.kl.horizon, answers)
+        if self.critic is None or self.method.returns is None:
+            return replace(batch, advantage=self.method.advantage(paid, batch)), metrics
+        horizon = {"gamma": config.critic.gamma, "lam": config.critic.lam}
+        returns = self.method.returns(paid, batch, **horizon)
+        metrics["critic/explained_variance"] = explained_variance(required(batch.value), returns)
+        return replace(batch, advantage=self.method.advantage(paid, batch, **horizon), returns=returns), metrics
+
+    def optimize(
+        self, rollout: Rollout, batch: rl.TokenBatch, objective: rl.Objective, step: int, clock: Stopwatch
+    ) -> dict[str, float]:
+        """All optimizer steps of a step; returns the metrics of the losses over all of them."""
+        config, P, G = self.config, len(rollout.prompts), self.config.rollout.samples
+        self.optimizer.param_groups[0]["lr"] = learning_rate(config, step)
+        critic_lr = learning_rate(config, step, config.critic.lr)
+        policy_learns = self.critic is None or step > config.critic.warmup_steps
+        steps: dict[str, list[dict[str, Tensor]]] = {"policy": [], "critic": []}
+        for epoch in range(config.update.epochs):
+            order = torch.tensor(permutation(P, config.seed, "minibatches", step, epoch))
+            for chosen in order.tensor_split(config.update.minibatches):
+                groups = chosen.sort().values.tolist()
+                sequences = torch.tensor([g * G + i for g in groups for i in range(G)], device=batch.device)
+                minibatch = take(batch, sequences)
+                if policy_learns:
+                    steps["policy"].append(self.policy_step(rollout, minibatch, groups, objective, clock))
+                if self.critic is not None:
+                    steps["critic"].append(self.critic_step(self.critic, rollout, minibatch, groups, critic_lr, clock))
+        return {f"{who}/{key}": x for who, taken in steps.items() for key, x in over_steps(taken).items()}
+
+    def policy_step(
+        self, rollout: Rollout, minibatch: rl.TokenBatch, groups: list[int], objective: rl.Objective, clock: Stopwatch
+    ) -> dict[str, Tensor]:
+        parts: list[dict[str, Tensor]] = []
+        with clock("forward_backward"):
+            for micro in micro_batches(rollout, minibatch, groups, self.config):
+                loss, metrics = self.policy.loss(*micro, objective)
                 loss.backward()
                 parts.append(metrics)
-            norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.update.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            steps.append({**rl.merge_metrics(parts), "grad_norm": norm})
+        with clock("optimizer"):
+            norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), self.config.update.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if self.average is not None:
+                self.average.update()
+        return {**rl.merge_metrics(parts), "grad_norm": norm}
 
-    mismatch = (old_logp - rollout.model_logp).abs()
-    return {
-        **{f"policy/{key}": value for key, value in over_steps(steps).items()},
-        "mismatch_max": mismatch.max().item(),
-        "mismatch_mean": mismatch.mean().item(),
-        "lr": optimizer.param_groups[0]["lr"],
-        "time/update": time.perf_counter() - start,
-    }
+    def critic_step(
+        self,
+        critic: Critic,
+        rollout: Rollout,
+        minibatch: rl.TokenBatch,
+        groups: list[int],
+        lr: float,
+        clock: Stopwatch,
+    ) -> dict[str, Tensor]:
+        parts: list[dict[str, Tensor]] = []
+        with clock("forward_backward"):
+            for micro in micro_batches(rollout, minibatch, groups, self.config):
+                loss, metrics = critic.loss(*micro)
+                loss.backward()
+                parts.append(metrics)
+        with clock("optimizer"):
+            norm = critic.step(lr)
+        return {**rl.merge_metrics(parts), "grad_norm": norm}
+
+    def evaluated(self) -> AbstractContextManager[None]:
+        """Inside the block the policy has the weights that evaluations use: the moving average where there is one."""
+        return nullcontext() if self.average is None else self.average.applied()
+
+    def save(self, directory: Path, tokenizer: Any) -> None:
+        """What a step carries to the next beyond the policy and its optimizer, into a checkpoint's directory."""
+        from safetensors.torch import save as to_bytes
+
+        (directory / "learner.json").write_text(json.dumps({"kl_coef": self.kl_coef}) + "\n")
+        if self.critic is not None:
+            weights = {name: p.detach().cpu().contiguous() for name, p in self.critic.named_parameters()}
+            (directory / "critic.safetensors").write_bytes(to_bytes(weights))
+            checkpoint.save_optimizer(directory / "critic_optimizer.safetensors", self.critic, self.critic.optimizer)
+        if self.average is not None:
+            (directory / "ema.safetensors").write_bytes(to_bytes({k: x.cpu() for k, x in self.average.weights.items()}))
+            with self.average.applied():
+                checkpoint.save_model(directory / "ema", self.policy.model, tokenizer)
+
+    @torch.no_grad()
+    def restore(self, directory: Path) -> None:
+        """Takes up what `save` wrote; what a checkpoint does not have, because the config changed, starts afresh."""
+        from safetensors.torch import load_file
+
+        checkpoint.restore_optimizer(directory / "optimizer.safetensors", self.policy.model, self.optimizer)
+        if (state := directory / "learner.json").exists() and self.config.kl.adaptive_target:
+            self.kl_coef = json.loads(state.read_text())["kl_coef"]
+        if self.critic is not None and (weights := directory / "critic.safetensors").exists():
+            own = dict(self.critic.named_parameters())
+            for name, x in load_file(weights).items():
+                own[name].copy_(x)
+            checkpoint.restore_optimizer(directory / "critic_optimizer.safetensors", self.critic, self.critic.optimizer)
+        if self.average is not None and (weights := directory / "ema.safetensors").exists():
+            for name, x in load_file(weights).items():
+                self.average.weights[name].copy_(x)
 
 
-def trainer_logp(policy: Policy, rollout: Rollout, config: Config) -> Tensor:
-    """Log-probs [N] of the rollout's tokens under the policy before its update, as the trainer computes them.
-
-    The sampler's own differ in the last digits (a KV cache, other shapes): ratios to these start at exactly 1, and the
-    difference is logged.
-    """
+def micro_batches(rollout: Rollout, batch: rl.TokenBatch, groups: Any, config: Config) -> Iterator[Micro]:
+    """A batch of the given groups, in their order, as micro-batches with their prompts and answers."""
     G = config.rollout.samples
-    parts = []
-    for micro in rollout.batch.split(config.update.micro_tokens, by="group"):
+    for micro in batch.split(config.update.micro_tokens, by="group"):
         assert micro.sequences is not None
-        own = slice(micro.sequences.start // G, micro.sequences.stop // G)
-        parts.append(policy.logp(rollout.prompts[own], rollout.responses[own], micro))
-    return torch.cat(parts)
+        own = groups[micro.sequences.start // G : micro.sequences.stop // G]
+        yield [rollout.prompts[g] for g in own], [rollout.responses[g] for g in own], micro
 
 
 def over_steps(steps: list[dict[str, Tensor]]) -> dict[str, float]:
@@ -87,19 +230,13 @@ def over_steps(steps: list[dict[str, Tensor]]) -> dict[str, float]:
     return {key: (x if key.endswith(whole) else x / len(steps)).item() for key, x in merged.items()}
 
 
-def learning_rate(config: Config, step: int) -> float:
-    """The rate of a step, counted from 1: lr falls in a straight line to lr * final_lr at the last step.
-
-    Over the first `warmup` steps it is scaled by step / warmup.
-    """
-    update = config.update
-    rise = min(1.0, step / max(1, update.warmup))
-    fall = 1 - (1 - update.final_lr) * (step - 1) / max(1, config.steps - 1)
-    return update.lr * rise * fall
-
-
 def clip_bounds(config: Config, structure: dict[str, Any]) -> dict[str, Any]:
     """The method's clip range with the configured ends replaced."""
     low, high = structure.get("clip", (0.2, 0.2))
     given_low, given_high = config.update.clip_low, config.update.clip_high
     return {"clip": (low if given_low is None else given_low, high if given_high is None else given_high)}
+
+
+def required(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x

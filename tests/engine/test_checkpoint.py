@@ -42,7 +42,7 @@ def test_round_trip_is_exact(tmp_path, trained):
     assert tokens("1 + 2 =")["input_ids"] == tokenizer("1 + 2 =")["input_ids"]
     assert tokens.decode(tokens("a\n b")["input_ids"]) == "a\n b"
     fresh = torch.optim.AdamW(again.parameters(), lr=1e-3)
-    restore_optimizer(path, again, fresh)
+    restore_optimizer(path / "optimizer.safetensors", again, fresh)
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
         assert optimizer.state[p].keys() == fresh.state[q].keys()
         for key, value in optimizer.state[p].items():
@@ -128,11 +128,11 @@ def test_a_state_of_another_model_is_refused(tmp_path, trained):
     path = save_at(tmp_path, 1, trained)
     other = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(7, 32)})})
     with pytest.raises(UserError, match=r"another model.*layers\.0\..* and \d+ more"):
-        restore_optimizer(path, other, torch.optim.AdamW(other.parameters()))
+        restore_optimizer(path / "optimizer.safetensors", other, torch.optim.AdamW(other.parameters()))
     wider = copy.deepcopy(model)
     wider.model.norm.weight = torch.nn.Parameter(torch.ones(33))
     with pytest.raises(UserError, match=r"model\.norm\.weight/exp_avg \(32,\) for \(33,\)"):
-        restore_optimizer(path, wider, torch.optim.AdamW(wider.parameters()))
+        restore_optimizer(path / "optimizer.safetensors", wider, torch.optim.AdamW(wider.parameters()))
 
 
 class FullDisk:

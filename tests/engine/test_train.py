@@ -24,8 +24,8 @@ from rlcore.engine.errors import Interrupted, SaveError, UserError
 from rlcore.engine.logging import RunLog, read
 from rlcore.engine.model import fingerprint
 from rlcore.engine.run import RunDirectory, name_run
+from rlcore.engine.schedule import learning_rate
 from rlcore.engine.trainer import StopSignal, repeatable, train
-from rlcore.engine.update import learning_rate
 
 
 def path_of(config: Config) -> Path:

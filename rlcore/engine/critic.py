@@ -1,0 +1,57 @@
+"""The critic: a copy of the policy's trunk with a scalar head, which estimates the reward still to come."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+import rlcore as rl
+from rlcore.engine.config import CriticConfig, UpdateConfig
+from rlcore.engine.policy import Policy, Prompts, Responses
+
+
+class Critic(nn.Module):
+    """V [N]: one value before every answer token, from the hidden state that predicts it; 0 everywhere at first.
+
+    It starts from the policy's weights, shares none with it, and has an optimizer of its own.
+    """
+
+    def __init__(self, policy: Policy, config: CriticConfig, update: UpdateConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.trunk = copy.copy(policy)
+        self.model = self.trunk.model = copy.deepcopy(policy.model)
+        size = self.model.config.get_text_config().hidden_size
+        self.head = nn.Linear(size, 1, device=policy.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.optimizer = torch.optim.AdamW(
+            (p for p in self.parameters() if p.requires_grad),
+            lr=config.lr,
+            betas=(update.beta1, update.beta2),
+            weight_decay=update.weight_decay,
+        )
+
+    def forward(self, prompts: Prompts, responses: Responses) -> Tensor:
+        hidden = self.trunk.hidden(prompts, responses)
+        return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
+
+    def loss(self, prompts: Prompts, responses: Responses, batch: rl.TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The clipped squared error of a micro-batch with `returns` and `old_value`, and its metrics."""
+        return rl.value_loss(self(prompts, responses), batch, self.config.clip or None)
+
+    def step(self, lr: float) -> Tensor:
+        """One optimizer step; returns the norm of the gradient before clipping."""
+        self.optimizer.param_groups[0]["lr"] = lr
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+
+def explained_variance(value: Tensor, returns: Tensor) -> float:
+    """1 - var(returns - value) / var(returns): 1 where the critic knows all, 0 where it knows the mean alone."""
+    variance = returns.var()
+    return (1 - (returns - value).var() / variance).item() if variance > 0 else 0.0
