@@ -88,7 +88,8 @@ def bare(key: str) -> str:
 
 def nearest_elsewhere(key: str) -> list[str]:
     """The closest full name among all sections, for a key that stands in the wrong one."""
-    names = {name.rpartition(".")[2]: name for name in flatten(Config())}
+    # Backwards, so that of a key that several sections have the first one stays.
+    names = {name.rpartition(".")[2]: name for name in reversed(flatten(Config()))}
     return [names[near] for near in difflib.get_close_matches(key, names, n=1)]
 
 
