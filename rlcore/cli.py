@@ -1,4 +1,4 @@
-"""The command line: `rlcore train`, `plot`, `methods`, `backends`.
+"""The command line: `rlcore train`, `plot`, `methods`, `doctor`, `backends`.
 
 Exit codes: 0 done; 1 an error that should not happen, with a traceback, or a self-test that failed; 2 something in the
 command, the config or the files is not as it must be; 3 the machine could not go on (disk full, read-only directory,
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib.util
+import json
 import os
 import signal
 import sys
@@ -154,6 +155,19 @@ def backends(arguments: list[str]) -> int:
     return 0
 
 
+def doctor(arguments: list[str]) -> int:
+    """`rlcore doctor`: exit code 1 where a self-test fails."""
+    options = Options("doctor")
+    options.add_argument("--json", action="store_true", help="print the findings as JSON")
+    as_json = options.parse_args(arguments).json
+
+    from rlcore.engine.doctor import as_text, report
+
+    found = report()
+    print(json.dumps(found, indent=1) if as_json else as_text(found))
+    return 0 if found["passed"] else 1
+
+
 def methods(arguments: list[str]) -> int:
     """`rlcore methods`: every key with title, paper, formula and needs."""
     Options("methods").parse_args(arguments)
@@ -175,6 +189,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (train, "train a language model by reinforcement learning; --dry-run says what it would be"),
     "plot": (plot, "draw the curves of one run or several into one picture"),
     "methods": (methods, "list the methods: key, title, paper, formula, what they need"),
+    "doctor": (doctor, "describe machine, versions and live kernels, test them against the reference, measure speed"),
     "backends": (backends, "say which kernels are live on this machine, and why the others are not"),
 }
 
