@@ -85,7 +85,7 @@ def test_the_kernels_are_really_called(monkeypatch):
 
     module = backend.native()
     for name in dir(module):
-        if not name.startswith("_") and name != "features":
+        if callable(getattr(module, name)) and not name.startswith("_"):
             monkeypatch.setattr(module, name, missing)
     tests = doctor.self_test()
     assert len(tests) == 4 and not any(test["passed"] for test in tests)
