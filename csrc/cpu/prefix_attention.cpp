@@ -5,18 +5,18 @@
 #include <omp.h>
 #endif
 
+#include "cpu/product.h"
 #include "cpu/simd.h"
 
 namespace rlcore::cpu::RLCORE_ISA {
 namespace {
 
-// A tile is as wide as the registers can hold products for: 4 vectors x 6 rows with 32 registers, 2 x 6 with 16.
+// A tile is as wide as the registers can hold products for (product.h).
 #if defined(__AVX512F__)
 constexpr int kVectors = 4;
 #else
 constexpr int kVectors = 2;
 #endif
-constexpr int kRows = 6;
 constexpr std::int64_t kTile = kVectors * kLanes;
 // Keys at a time: with AVX-512 their scores (16 KiB), keys and values (8 KiB each at D = 32) stay in the nearest cache.
 constexpr std::int64_t kKeys = 64;
@@ -34,72 +34,6 @@ int thread_number() {
 #else
     return 0;
 #endif
-}
-
-// ---- C [rows, vectors] = A [rows, count] B [count, vectors], or C += A B ------------------------------------------
-//
-// A is read one number at a time and may have any strides, so that it can be transposed; B and C are rows of vectors.
-struct Product {
-    const float* a;
-    std::int64_t row;  // strides of a
-    std::int64_t step;
-    std::int64_t count;
-    const float* b;
-    std::int64_t b_pitch;
-    float* c;
-    std::int64_t c_pitch;
-};
-
-template <int R, int N, bool kAdd>
-RLCORE_INLINE void block(const Product& p, std::int64_t first, std::int64_t column) {
-    const float* a = p.a + first * p.row;
-    const float* b = p.b + column;
-    float* c = p.c + first * p.c_pitch + column;
-    Floats sum[R][N];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) sum[r][n] = kAdd ? load(c + r * p.c_pitch + n * kLanes) : Floats{};
-    }
-    for (std::int64_t t = 0; t < p.count; ++t) {
-        Floats x[N];
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) x[n] = load(b + t * p.b_pitch + n * kLanes);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-            const Floats y = broadcast(a[r * p.row + t * p.step]);
-#pragma GCC unroll 4
-            for (int n = 0; n < N; ++n) sum[r][n] += y * x[n];
-        }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) store(c + r * p.c_pitch + n * kLanes, sum[r][n]);
-    }
-}
-
-template <int N, bool kAdd>
-void columns(const Product& p, std::int64_t rows, std::int64_t column) {
-    constexpr int R = N > 2 ? kRows : 8;
-    std::int64_t r = 0;
-    for (; r + R <= rows; r += R) block<R, N, kAdd>(p, r, column);
-    for (; r + 4 <= rows; r += 4) block<4, N, kAdd>(p, r, column);
-    for (; r < rows; ++r) block<1, N, kAdd>(p, r, column);
-}
-
-template <bool kAdd>
-void multiply(const Product& p, std::int64_t rows, std::int64_t vectors) {
-    std::int64_t n = 0;
-#if defined(__AVX512F__)
-    for (; n + 4 <= vectors; n += 4) columns<4, kAdd>(p, rows, n * kLanes);
-    if (n + 3 == vectors) {
-        columns<3, kAdd>(p, rows, n * kLanes);
-        return;
-    }
-#endif
-    for (; n + 2 <= vectors; n += 2) columns<2, kAdd>(p, rows, n * kLanes);
-    if (n < vectors) columns<1, kAdd>(p, rows, n * kLanes);
 }
 
 // ---- a tile and its path ------------------------------------------------------------------------------------------
@@ -178,11 +112,13 @@ void cap(const Work& w, std::int64_t n, float softcap, float* s) {
     }
 }
 
-// Queries get -inf at keys that come after them or lie before their window. `first` is the rank of the block's first
-// key.
-void hide(const Work& w, std::int64_t window, std::int64_t first, std::int64_t n, float* s) {
-    const bool whole = window == 0 || first > w.rank[w.lanes - 1] - window;
-    if (whole && first + n - 1 <= w.rank[0]) return;
+// Whether every query sees all keys of the block. `first` is the rank of its first key.
+bool sees_all(const Work& w, std::int64_t window, std::int64_t first, std::int64_t n) {
+    return (window == 0 || first > w.rank[w.lanes - 1] - window) && first + n - 1 <= w.rank[0];
+}
+
+// Queries get `fill` at keys that come after them or lie before their window.
+void hide(const Work& w, std::int64_t window, std::int64_t first, std::int64_t n, float fill, float* s) {
     const auto reach = static_cast<std::int32_t>(window > 0 && window < w.keys ? window : w.keys);
     for (std::int64_t v = 0; v < w.vectors; ++v) {
         Ints rank;
@@ -190,7 +126,7 @@ void hide(const Work& w, std::int64_t window, std::int64_t first, std::int64_t n
         for (std::int64_t j = 0; j < n; ++j) {
             float* at = s + j * kTile + v * kLanes;
             const Ints after = rank - static_cast<std::int32_t>(first + j);
-            store(at, select((after >= 0) & (after < reach), load(at), broadcast(kLowest)));
+            store(at, select((after >= 0) & (after < reach), load(at), broadcast(fill)));
         }
     }
 }
@@ -256,15 +192,12 @@ void forward_tile(const Attention& a, const Tile& tile, std::int64_t key_head, f
         gather(a.v, a, key_head, w.path + first, n, v);
         multiply<false>({k, D, 1, D, qt, kTile, s, kTile}, n, w.vectors);
         if (a.softcap > 0.0f) cap(w, n, a.softcap, s);
-        hide(w, a.window, first, n, s);
+        const bool all = sees_all(w, a.window, first, n);
+        if (!all) hide(w, a.window, first, n, kLowest, s);
         soften(w, n, s, run, factor);
         const Product update = {v, 1, D, n, s, kTile, ot, kTile};
-        if (first == w.begin) {
-            multiply<false>(update, D, w.vectors);
-        } else {
-            shrink(w, D, factor, ot);
-            multiply<true>(update, D, w.vectors);
-        }
+        if (first != w.begin) shrink(w, D, factor, ot);
+        weigh(update, D, w.vectors, all || finite(v, n, D, D), false, first != w.begin);
     }
     for (std::int64_t i = 0; i < w.lanes; ++i) {
         const std::int64_t at = w.row[i] * a.query_heads + w.head[i];
@@ -347,6 +280,7 @@ void backward_tile(const Attention& a, const Tile& tile, std::int64_t key_head, 
         const float* x = o.data + w.row[i] * o.row_stride + w.head[i] * o.head_stride;
         for (std::int64_t d = 0; d < D; ++d) delta[i] += x[d] * dor[i * pitch + d];
     }
+    const bool tile_clean = finite(qr, w.lanes, pitch, pitch) && finite(dor, w.lanes, pitch, pitch);
     for (std::int64_t first = w.begin; first < w.keys; first += kKeys) {
         const std::int64_t n = w.keys - first < kKeys ? w.keys - first : kKeys;
         const std::int32_t* rows = w.path + first;
@@ -354,19 +288,22 @@ void backward_tile(const Attention& a, const Tile& tile, std::int64_t key_head, 
         gather(a.v, a, key_head, rows, n, v);
         multiply<false>({k, D, 1, D, qt, kTile, s, kTile}, n, w.vectors);
         if (a.softcap > 0.0f) cap(w, n, a.softcap, s);
-        hide(w, a.window, first, n, s);
+        const bool all = sees_all(w, a.window, first, n);
+        if (!all) hide(w, a.window, first, n, kLowest, s);
         multiply<false>({v, D, 1, D, dot, kTile, dp, kTile}, n, w.vectors);
         differentiate(w, n, a.softcap, total, delta, s, dp);
-        multiply<false>({s, kTile, 1, w.lanes, dor, pitch, sums, pitch}, n, pitch / kLanes);
-        add_rows(a, key_head, rows, n, sums, dv);
-        multiply<false>({dp, kTile, 1, w.lanes, qr, pitch, sums, pitch}, n, pitch / kLanes);
-        add_rows(a, key_head, rows, n, sums, dk);
-        const Product update = {k, 1, D, n, dp, kTile, dqt, kTile};
-        if (first == w.begin) {
-            multiply<false>(update, D, w.vectors);
-        } else {
-            multiply<true>(update, D, w.vectors);
+        const std::int64_t width = w.vectors * kLanes;
+        const bool clean =
+            all || (tile_clean && finite(k, n, D, D) && finite(s, n, width, kTile) && finite(dp, n, width, kTile));
+        if (!clean) {
+            hide(w, a.window, first, n, 0.0f, s);
+            hide(w, a.window, first, n, 0.0f, dp);
         }
+        weigh({s, kTile, 1, w.lanes, dor, pitch, sums, pitch}, n, pitch / kLanes, clean, true, false);
+        add_rows(a, key_head, rows, n, sums, dv);
+        weigh({dp, kTile, 1, w.lanes, qr, pitch, sums, pitch}, n, pitch / kLanes, clean, true, false);
+        add_rows(a, key_head, rows, n, sums, dk);
+        weigh({k, 1, D, n, dp, kTile, dqt, kTile}, D, w.vectors, clean, false, first != w.begin);
     }
     for (std::int64_t i = 0; i < w.lanes; ++i) {
         float* at = dq + (w.row[i] * a.query_heads + w.head[i]) * D;
