@@ -214,6 +214,35 @@ def test_nan_reaches_what_sees_it_and_nothing_else(where):
     assert torch.equal(lse.isnan().any(-1), seen)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"window": 70, "softcap": 1.5}])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["q", "k", "v", "do"])
+@pytest.mark.parametrize("row", [0, 70, 149, 155, 200])
+def test_rows_that_do_not_see_one_another(row, where, value, options):
+    """Whatever one row holds, the rest is what it is beside a finite row, also where one tile takes them all."""
+    tree, rows = FORESTS["long"]
+    keys = oracle.keys_of_rows(rows, options.get("window"))
+    below = torch.tensor([row in seen for seen in keys])
+    above = torch.zeros(tree.M, dtype=torch.bool)
+    above[keys[row]] = True
+    beside = torch.zeros(tree.M, dtype=torch.bool)  # keys of which a query that sees the row gives a gradient
+    for i in below.nonzero().flatten().tolist():
+        beside[keys[i]] = True
+    inputs = dict(zip(("q", "k", "v", "do"), problem(tree, D=19)[:4], strict=True))
+    clean = run(tree, *inputs.values(), None, **options)
+    inputs[where][row, :, 3::5] = value
+    got = run(tree, *inputs.values(), None, **options)
+    key = where in "kv"
+    queries = below if key else torch.arange(tree.M) == row
+    touched = {"o": queries, "dq": queries, "dk": beside if key else above, "dv": beside if key else above}
+    if where in ("v", "do"):  # no gradient of v holds v, and the output nothing of its gradient
+        touched["dv" if where == "v" else "o"] = torch.zeros(tree.M, dtype=torch.bool)
+    for (name, reached), x, y in zip(touched.items(), got, clean, strict=True):
+        torch.testing.assert_close(x[~reached], y[~reached], rtol=1e-5, atol=1e-5, msg=name)
+    if where != "do" and value != torch.inf:
+        assert got[0][queries].isnan().flatten(1).any(-1).all()
+
+
 @pytest.mark.parametrize("size", [1e3, 1e-3])
 def test_extreme_scores(size):
     """Scores in the thousands in both directions, and sinks far above and below them."""
