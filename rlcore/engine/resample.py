@@ -53,13 +53,12 @@ def with_groups(rollout: Rollout, places: list[int], other: Rollout) -> Rollout:
     sequences = [g * G + i for g in source for i in range(G)]
     index = torch.tensor(sequences, device=a.device)
     rows, offsets = rows_of(torch.cat([a.offsets, b.offsets[1:] + a.N]), index)
-    texts = [*rollout.texts, *other.texts]
     return replace(
         rollout,
         problems=pick([*rollout.problems, *other.problems], source),
         prompts=pick([*rollout.prompts, *other.prompts], source),
         responses=pick([*rollout.responses, *other.responses], source),
-        texts=pick(texts, sequences),
+        texts=pick([*rollout.texts, *other.texts], sequences),
         reward=torch.cat([rollout.reward, other.reward])[index],
         finished=torch.cat([rollout.finished, other.finished])[index],
         model_logp=torch.cat([rollout.model_logp, other.model_logp])[rows],

@@ -62,7 +62,7 @@ class Learner:
         objective = self.objective()
         with clock("forward_backward"):
             batch = self.with_scores(rollout)
-        batch, metrics = self.with_advantage(rollout, batch, reward)
+        batch, metrics = self.with_advantage(batch, reward)
         metrics |= self.optimize(rollout, batch, objective, step, clock)
         mismatch = (required(batch.old_logp) - rollout.model_logp).abs()
         return required(batch.advantage), {
@@ -90,9 +90,7 @@ class Learner:
         mask = rl.per_token(rollout.finished, batch) if config.rollout.overlong_filter else batch.mask
         return replace(batch, **scores, mask=mask)
 
-    def with_advantage(
-        self, rollout: Rollout, batch: rl.TokenBatch, reward: Tensor
-    ) -> tuple[rl.TokenBatch, dict[str, float]]:
+    def with_advantage(self, batch: rl.TokenBatch, reward: Tensor) -> tuple[rl.TokenBatch, dict[str, float]]:
         """The batch with `advantage` [N], and `returns` [N] where there is a critic; the metrics of what was paid."""
         config, metrics = self.config, {}
         if config.rollout.overlong_buffer:

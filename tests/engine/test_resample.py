@@ -1,0 +1,80 @@
+"""Dynamic sampling: exactly the groups without signal are replaced, by the same answers every time."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+
+from rlcore.engine.config import RolloutConfig
+from rlcore.engine.resample import fill_up, with_groups, without_signal
+from rlcore.engine.rollout import Rollout, roll_out
+from rlcore.engine.seeding import generator
+
+
+def rollout_of(small, start: int, count: int, name: str) -> Rollout:
+    model, tokenizer, task = small
+    problems = task.train[start : start + count]
+    config = RolloutConfig(samples=3, max_new_tokens=5)
+    return roll_out(model, tokenizer, task, problems, config, generator(name))
+
+
+def group_of(rollout: Rollout, g: int) -> dict:
+    """Everything that a rollout holds of one group."""
+    G, offsets = 3, rollout.batch.offsets.tolist()
+    answers, rows = slice(g * G, g * G + G), slice(offsets[g * G], offsets[g * G + G])
+    return {
+        "problem": rollout.problems[g].prompt,
+        "prompt": rollout.prompts[g],
+        "responses": rollout.responses[g],
+        "texts": rollout.texts[answers],
+        "reward": rollout.reward[answers].tolist(),
+        "finished": rollout.finished[answers].tolist(),
+        "lengths": rollout.batch.lengths()[answers].tolist(),
+        "target": rollout.batch.target[rows].tolist(),
+        "model_logp": rollout.model_logp[rows].tolist(),
+        "rollout_logp": rollout.batch.rollout_logp[rows].tolist(),
+    }
+
+
+def test_groups_are_replaced_in_their_places(small):
+    first, second = rollout_of(small, 0, 4, "first"), rollout_of(small, 10, 2, "second")
+    mixed = with_groups(first, [1, 3], second)
+    expected = [group_of(first, 0), group_of(second, 0), group_of(first, 2), group_of(second, 1)]
+    assert [group_of(mixed, g) for g in range(4)] == expected
+    assert mixed.batch.group.tolist() == [g for g in range(4) for _ in range(3)]
+    assert mixed.batch.totals.tokens == mixed.batch.N
+    # What has one entry per answer in one rollout has it in the other: no field was forgotten.
+    for item in fields(Rollout):
+        x = getattr(first, item.name)
+        if hasattr(x, "__len__") and len(x) == 12:
+            assert len(getattr(mixed, item.name)) == 12, item.name
+
+
+def with_rewards(rollout: Rollout, rewards: list[float]) -> Rollout:
+    rollout.reward[:] = torch.tensor(rewards)
+    return rollout
+
+
+def test_dead_groups_are_drawn_again_until_none_is_left(small):
+    start = with_rewards(rollout_of(small, 0, 3, "start"), [1, 1, 1, 0, 1, 0, 0, 0, 0])
+    assert without_signal(start).tolist() == [True, False, True]
+    rounds = {
+        1: with_rewards(rollout_of(small, 10, 2, "one"), [0, 0, 0, 1, 0, 0]),
+        2: with_rewards(rollout_of(small, 20, 1, "two"), [0, 0, 1]),
+    }
+    asked = []
+
+    def draw(again: int, count: int) -> Rollout:
+        asked.append((again, count))
+        return rounds[again]
+
+    full, metrics = fill_up(start, draw, rounds=5)
+    assert asked == [(1, 2), (2, 1)]
+    expected = [group_of(rounds[2], 0), group_of(start, 1), group_of(rounds[1], 1)]
+    assert [group_of(full, g) for g in range(3)] == expected
+    assert (metrics["resample/rounds"], metrics["resample/replaced"], metrics["resample/without_signal"]) == (2, 3, 0)
+    asked.clear()
+    left, metrics = fill_up(start, draw, rounds=1)
+    assert asked == [(1, 2)] and without_signal(left).tolist() == [True, False, False]
+    assert metrics["resample/without_signal"] == torch.tensor(1 / 3).item()
