@@ -41,22 +41,65 @@ class TaskConfig:
 
     name: str = "chain_sum"
     """Name of a reasoning-gym task."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Several tasks instead of one, as NAME WEIGHT pairs; "data" stands for the files of task.data."""
     options: dict[str, str] = field(default_factory=dict)
-    """Options of the task, as KEY VALUE pairs. chain_sum defaults to two operands of one or two digits."""
+    """Options of the task, as KEY VALUE pairs; in a mixture NAME.KEY. chain_sum defaults to two operands of one or two
+    digits, countdown to three small numbers."""
     template: str = ""
-    """The prompt: {question} stands for the question's text, {name} for an entry of the task's metadata. Empty: the
-    question and a line break; for chain_sum the bare "{expression} ="."""
+    """The prompt: {question} stands for the question's text, {name} for an entry of the task's metadata or a field of
+    the data's rows. Empty: the question, for reasoning-gym with a line break; for chain_sum the bare "{expression} =",
+    for countdown "{numbers} -> {target}:"."""
+    data: list[str] = field(default_factory=list)
+    """Files of problems in place of a reasoning-gym task: .jsonl or .parquet, or directories of them."""
+    held_out_data: list[str] = field(default_factory=list)
+    """Files of held-out problems. Empty: a share of task.data."""
+    prompt_field: str = "prompt"
+    """The field of a row that holds the prompt, a text or a list of chat messages; a.b is field b in field a."""
+    answer_field: str = "answer"
+    """The field of a row that holds the reference answer; empty where the rewards need none."""
+    strict: bool = False
+    """Stop at the first unusable row of a file. Otherwise such rows are left out and counted."""
+    too_long: Literal["error", "skip", "cut"] = "error"
+    """What is done about prompts that leave no room for an answer in the model's context: stop, leave them out, or
+    drop the start of their question."""
+    chat: bool = False
+    """Render prompts by the chat template of the model's tokenizer, as the message of a user."""
+    system: str = ""
+    """The system message before every prompt; needs task.chat."""
     partial_credit: bool = False
     """Reward an answer that is not right with the verifier's score for it. Policies stop at such answers: "14" for "4"
     is half right to chain_sum's verifier, because it contains it."""
     pool: Annotated[int, AT_LEAST_ONE] = 80000
-    """How many items are drawn from the task; duplicates are dropped."""
+    """How many items are drawn from a reasoning-gym task; duplicates are dropped."""
     seed: int = 0
     """Seed of the pool: runs with different --seed share the same problems and the same held-out set."""
     held_out: Annotated[int, AT_LEAST_ONE] = 500
     """Number of held-out problems used by evaluations."""
     held_out_fraction: Annotated[float, FRACTION] = 0.1
     """Share of all questions, chosen by a hash of the text, that training never sees."""
+
+
+@dataclass
+class RewardConfig:
+    """What an answer is worth: the weighted sum of named channels."""
+
+    channels: dict[str, str] = field(default_factory=dict)
+    """Channels, as NAME KIND pairs: verifier, exact, math, code or code:FIELD, regex:PATTERN, module:function or
+    FILE.py:function. Empty: one channel, the task's verifier. docs/data.md describes them."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weights of the channels, as NAME WEIGHT pairs; 1 where absent."""
+    correct: str = ""
+    """The channel that decides whether an answer is right, by a score of 1 or more. Empty: the first."""
+    on_error: Literal["stop", "zero"] = "stop"
+    """What is done about a reward that raises, is not a finite number or takes too long: stop the run, or count it in
+    the metric reward_errors and give 0."""
+    seconds: Annotated[float, POSITIVE] = 600.0
+    """Most time for all answers of a step, per channel."""
+    code_seconds: Annotated[float, POSITIVE] = 5.0
+    """CPU time for one program of a code channel; it is ended after three times as long by the clock."""
+    code_memory: Annotated[int, AT_LEAST_ONE] = 1024
+    """Most memory of one program of a code channel, in MiB."""
 
 
 @dataclass
@@ -227,6 +270,7 @@ class Config:
     critic: CriticConfig = field(default_factory=CriticConfig)
     kl: KLConfig = field(default_factory=KLConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
 
 
 def validate(config: Config) -> Config:
@@ -245,6 +289,7 @@ def validate(config: Config) -> Config:
         raise UserError(
             f"task.template must be a text with {{question}} or another {{name}} in it, got {config.task.template!r}"
         )
+    check_data_and_rewards(config)
     if config.model.hidden_size % config.model.heads or config.model.heads % 2:
         raise UserError("model.heads must be even and divide model.hidden_size")
     if config.update.minibatches > config.rollout.prompts:
@@ -268,6 +313,32 @@ def validate(config: Config) -> Config:
             "kl.kind must be k2 or k3 with kl.place = loss: the gradient of k1 is zero on average, got 'k1'"
         )
     return config
+
+
+def check_data_and_rewards(config: Config) -> None:
+    """The rules between the fields of `task`, and between those of `reward`."""
+    task, reward = config.task, config.reward
+    for name, weight in task.mixture.items():
+        if not (0 < weight < float("inf")):
+            raise UserError(f"task.mixture.{name} must be greater than 0, got {weight!r}")
+    if ("data" in task.mixture) > bool(task.data):
+        raise UserError("task.mixture names data, but task.data names no file")
+    if task.mixture and task.data and "data" not in task.mixture:
+        raise UserError("task.data would not be used: task.mixture does not name data")
+    if task.mixture and task.template and not task.data:
+        raise UserError("task.template is for one task or for task.data: the tasks of a mixture have their own")
+    if task.held_out_data and not task.data:
+        raise UserError("task.held_out_data needs task.data, the files to train on")
+    if task.system and not task.chat:
+        raise UserError("task.system needs task.chat, which puts it before the prompts")
+    names = list(reward.channels) or ["correct"]
+    for key in [*reward.weights, *([reward.correct] if reward.correct else [])]:
+        if key not in names:
+            where = "reward.correct" if key == reward.correct else "reward.weights"
+            raise UserError(f"{where}: no channel {key!r}; there are {', '.join(names)}")
+    for name, weight in reward.weights.items():
+        if not abs(weight) < float("inf"):
+            raise UserError(f"reward.weights.{name} must be a finite number, got {weight!r}")
 
 
 def check_ranges(config: Any, prefix: str = "") -> None:

@@ -105,10 +105,11 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
             return value
         raise UserError(f"{where} must be one of {', '.join(map(str, options))}, got {shown(value)}")
     if origin is dict and isinstance(value, dict):
-        return {key: as_text(item, where) if options[1] is str else coerce(item, options[1], where)
+        return {key: as_text(item, where) if options[1] is str else coerce(item, options[1], f"{where}.{key}")
                 for key, item in value.items()}  # fmt: skip
-    if origin is list and isinstance(value, list):
-        return [coerce(item, options[0], where) for item in value]
+    if origin is list:
+        # One value stands for a list of it.
+        return [coerce(item, options[0], where) for item in (value if isinstance(value, list) else [value])]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         # An integer beyond the largest float is as little a number to work with as infinity.
         return float(value) if abs(value) < sys.float_info.max else math.inf

@@ -13,7 +13,7 @@ from rlcore.engine.tasks import Task
 
 
 def evaluate(model: Any, tokenizer: Any, task: Task, config: Config, device: torch.device) -> dict[str, float]:
-    """accuracy (reward 1), reward, length in tokens and the share of finished answers, each a mean over all samples.
+    """accuracy (right or not), reward, length in tokens and the share of finished answers, means over all samples.
 
     Every evaluation of a run uses the same random numbers, so that two of them differ by the policy alone.
     """
@@ -25,7 +25,7 @@ def evaluate(model: Any, tokenizer: Any, task: Task, config: Config, device: tor
         stream = generator(config.seed, "evaluate", start, device=device)
         rollout = roll_out(model, tokenizer, task, problems, plain, stream)
         count += len(rollout.texts)
-        sums["accuracy"] += float((rollout.reward >= 1).sum())
+        sums["accuracy"] += float(rollout.correct.sum())
         sums["reward"] += float(rollout.reward.sum())
         sums["length"] += float(rollout.batch.N)
         sums["finished"] += float(rollout.finished.sum())

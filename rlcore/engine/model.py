@@ -148,23 +148,18 @@ def load_or_make(config: Config, task: Task, device: torch.device, say: Callable
 
 
 def check_fit(model: Any, tokenizer: Any, task: Task, answer_length: int) -> None:
-    """Raises UserError where prompt and answer are longer than the model's context, or tokens have no embedding."""
+    """Makes the task's prompts fit the model; raises UserError where they can not, or tokens have no embedding."""
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise UserError(f"model.path: the tokenizer has {len(tokenizer)} tokens, the model embeddings for {rows}")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    prompt = max(map(len, encode(tokenizer, [problem.prompt for problem in task.train + task.held_out])))
-    if context is not None and prompt + answer_length > context:
-        raise UserError(
-            f"the longest prompt has {prompt} tokens and an answer up to {answer_length}: {prompt + answer_length} "
-            f"together, but the model's context is {context}; lower rollout.max_new_tokens or choose another model"
-        )
+    task.fit(tokenizer, context, answer_length)
 
 
 def fingerprint(config: Config, device: torch.device) -> str:
     """A name for the warm start of a config: equal where all that it depends on is equal."""
     model = {k: v for k, v in asdict(config.model).items() if k not in ("path", "cache")}
-    task = {k: v for k, v in asdict(config.task).items() if k not in ("held_out", "partial_credit")}
+    task = {k: v for k, v in asdict(config.task).items() if k not in ("held_out", "partial_credit", "strict")}
     versions = [rl.__version__, torch.__version__, *map(importlib.metadata.version, ("reasoning-gym", "transformers"))]
     parts = [versions, RECIPE, config.seed, model, task, config.update.layout, device.type, torch.get_num_threads()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -60,6 +60,9 @@ def with_groups(rollout: Rollout, places: list[int], other: Rollout) -> Rollout:
         responses=pick([*rollout.responses, *other.responses], source),
         texts=pick([*rollout.texts, *other.texts], sequences),
         reward=torch.cat([rollout.reward, other.reward])[index],
+        channels={k: torch.cat([score, other.channels[k]])[index] for k, score in rollout.channels.items()},
+        correct=torch.cat([rollout.correct, other.correct])[index],
+        failures=[*rollout.failures, *other.failures],
         finished=torch.cat([rollout.finished, other.finished])[index],
         model_logp=torch.cat([rollout.model_logp, other.model_logp])[rows],
         batch=rl.TokenBatch(

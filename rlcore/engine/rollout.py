@@ -27,7 +27,10 @@ class Rollout:
     prompts: list[list[int]]  # P token id lists
     responses: list[list[list[int]]]  # P x G token id lists, the end token included
     texts: list[str]  # S
-    reward: Tensor  # [S] float32
+    reward: Tensor  # [S] float32: the weighted sum of the channels
+    channels: dict[str, Tensor]  # [S] float32 each
+    correct: Tensor  # [S] bool
+    failures: list[str]  # a sentence for every reward that failed
     finished: Tensor  # [S] bool: ended with the end token
     model_logp: Tensor  # [N] the sampler's log-probs before top-k and top-p
     batch: rl.TokenBatch
@@ -41,8 +44,9 @@ def roll_out(
     problems: list[Problem],
     config: RolloutConfig,
     generator: torch.Generator,
+    step: int | None = None,
 ) -> Rollout:
-    """Samples config.samples answers to every problem and scores them with the task's verifier."""
+    """Samples config.samples answers to every problem and scores them; `step` is named where a reward fails."""
     prompts = encode(tokenizer, [problem.prompt for problem in problems])
     drawn = sample(
         model,
@@ -62,13 +66,16 @@ def roll_out(
     answers = [ids[:length] for ids, length in zip(drawn.ids.tolist(), drawn.lengths.tolist(), strict=True)]
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     start = time.perf_counter()
-    rewards = [task.score(problems[s // config.samples], text) for s, text in enumerate(texts)]
+    scores = task.scores([problems[s // config.samples] for s in range(len(texts))], texts, step)
     return Rollout(
         problems=problems,
         prompts=prompts,
         responses=[answers[s : s + config.samples] for s in range(0, len(answers), config.samples)],
         texts=texts,
-        reward=torch.tensor(rewards, device=offsets.device),
+        reward=scores.total.to(offsets.device),
+        channels={name: score.to(offsets.device) for name, score in scores.channels.items()},
+        correct=scores.correct.to(offsets.device),
+        failures=scores.failures,
         finished=drawn.ids.gather(1, drawn.lengths[:, None] - 1).squeeze(1) == tokenizer.eos_token_id,
         model_logp=drawn.model_logp[real],
         batch=rl.TokenBatch(drawn.ids[real], offsets, group=group, rollout_logp=drawn.behaviour_logp[real]),

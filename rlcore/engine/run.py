@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rlcore.engine.checkpoint import found
 from rlcore.engine.config import Config
 from rlcore.engine.config_file import changes, load_toml, to_toml
 from rlcore.engine.errors import Interrupted, SaveError, UserError
+from rlcore.engine.tasks import label
 
 # What a run is: with another value it would be another run, not the rest of this one.
 FIXED = ("seed", "model.", "task.")
@@ -125,7 +127,8 @@ def name_run(config: Config) -> Config:
     """The config with a name: the given one, or task, method and seed with a number where that is taken."""
     if config.name:
         return config
-    stem = f"{config.task.name}-{config.method}-seed{config.seed}" + ("-shuffled" if config.shuffle_rewards else "")
+    task = re.sub(r"[^\w.+-]", "_", label(config.task))
+    stem = f"{task}-{config.method}-seed{config.seed}" + ("-shuffled" if config.shuffle_rewards else "")
     number = 1
     while (Path(config.dir) / (name := stem if number == 1 else f"{stem}-{number}")).exists():
         number += 1

@@ -45,7 +45,7 @@ def train(config: Config, resume: bool = False) -> None:
     method = rl.methods()[validate(config).method]
     device = choose_device(config)
     with RunDirectory(Path(config.dir) / config.name, config, resume) as run, repeatable(config):
-        task = Task(config.task)
+        task = Task(config.task, config.reward)
         checkpoint.clean(run.checkpoints)
         saved = checkpoint.load_latest(run.checkpoints, print) if resume else None
         first_step = 0 if saved is None else saved.step + 1
@@ -71,6 +71,8 @@ def train(config: Config, resume: bool = False) -> None:
                     clock = Stopwatch()
                     with clock("rollout"):
                         rollout, record = answers_of_step(model, tokenizer, task, config, step)
+                    for failure in rollout.failures[:3]:
+                        log.say(failure)
                     clock.move("rollout", "reward", rollout.scoring)
                     reward = rollout.reward
                     if config.shuffle_rewards:
@@ -110,7 +112,7 @@ def answers_of_step(
         stream = ("resample", step, again) if again else ("rollout", step)
         problems = task.prompts(step - 1, config.rollout.prompts, seed)[:count]
         random = generator(config.seed, *stream, device=device)
-        return roll_out(model, tokenizer, task, problems, config.rollout, random)
+        return roll_out(model, tokenizer, task, problems, config.rollout, random, step)
 
     rollout = draw(0, config.rollout.prompts)
     metrics = summary(rollout)
@@ -125,7 +127,9 @@ def summary(rollout: Rollout) -> dict[str, float]:
     """What the answers of a step were like: means over all S of them, groups_without_signal over the P groups."""
     return {
         "reward": rollout.reward.mean().item(),
-        "accuracy": (rollout.reward >= 1).float().mean().item(),
+        **{f"reward/{name}": score.mean().item() for name, score in rollout.channels.items()},
+        "reward_errors": len(rollout.failures),
+        "accuracy": rollout.correct.float().mean().item(),
         "length": rollout.batch.N / len(rollout.texts),
         "finished": rollout.finished.float().mean().item(),
         "groups_without_signal": without_signal(rollout).float().mean().item(),
@@ -162,6 +166,7 @@ def introduction(config: Config, policy: Policy, task: Task, run: RunDirectory, 
         f"{type(policy.model).__name__}, {size / 1e6:.2f}M parameters on {policy.device}; updates through {layout}\n"
         f"{len(task.train)} training and {len(task.held_out)} held-out problems; "
         f"{config.rollout.prompts} x {config.rollout.samples} answers per step"
+        + "".join(f"\n{note}" for note in task.notes)
         + ("; rewards are shuffled (control)" if config.shuffle_rewards else "")
     )
 

@@ -34,7 +34,9 @@ def test_warm_start_sees_training_questions_only(small, tiny):
 
 def test_seeds_shift_the_same_items():
     """Why the split can not go by seed: item i of seed s is item i + 1 of seed s - 1."""
-    first, second = (Task(TaskConfig(pool=500, seed=seed)).dataset for seed in (0, 1))
+    import reasoning_gym
+
+    first, second = (reasoning_gym.create_dataset("chain_sum", size=500, seed=seed) for seed in (0, 1))
     assert [first[i]["question"] for i in range(1, 500)] == [second[i]["question"] for i in range(499)]
 
 
