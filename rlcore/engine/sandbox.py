@@ -120,8 +120,8 @@ def limit(job: dict[str, Any]) -> None:
 
 def readable_to_nobody() -> bool:
     """Whether the standard library can be imported without root's rights."""
-    os.seteuid(NOBODY)
     places = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib")]
+    os.seteuid(NOBODY)
     readable = all(os.access(place, os.R_OK | os.X_OK, effective_ids=True) for place in places if place)
     os.seteuid(0)
     return readable
