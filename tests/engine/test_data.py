@@ -17,7 +17,8 @@ from rlcore.engine.errors import UserError
 from rlcore.engine.rollout import encode
 from rlcore.engine.tasks import Task
 
-TEMPLATE = "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+TEMPLATE = "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}\n{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}<a>{% endif %}"
 
 
 def write(path: Path, rows: list[object]) -> Path:
@@ -162,10 +163,9 @@ def test_templates_and_nested_fields(tmp_path):
 def test_parquet(tmp_path):
     """The rows of a Parquet file are those of the same JSON lines; a damaged file keeps the rest of the data."""
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    parquet_of = pytest.importorskip("pyarrow.parquet")
     rows = [{"prompt": f"{i} + 1 =", "answer": i + 1, "tests": [{"input": "a", "output": "ü"}]} for i in range(300)]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=64)
+    parquet_of.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=64)
     lines = Rows(TaskConfig(), "task.data", [str(write(tmp_path / "a.jsonl", rows))])
     parquet = Rows(TaskConfig(), "task.data", [str(tmp_path / "a.parquet")])
     assert [p.entry for p in lines] == [p.entry for p in parquet] and not parquet.report
@@ -202,7 +202,8 @@ def test_memory_does_not_hold_the_rows(tmp_path):
         "import resource, sys\n"
         "from rlcore.engine.config import TaskConfig\n"
         "from rlcore.engine.tasks import Task\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == 'linux' else 1 << 20)\n"
+        "unit = 1024 if sys.platform == 'linux' else 1 << 20\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit\n"
         "before = peak()\n"
         f"task = Task(TaskConfig(data=[{str(path)!r}], held_out=10))\n"
         "assert len(task.train) > 14_000 and len(task.prompts(3, 64, 0)) == 64\n"
