@@ -1,4 +1,4 @@
-"""What a run is to be: defaults < the method's own < TOML files < the command line, and where each value came from."""
+"""What a run is to be: defaults < the task's < the method's < TOML files < the command line, and what set each value."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rlcore.engine.arguments import parse
 from rlcore.engine.config import Config, validate
 from rlcore.engine.config_file import changes, load_toml
 from rlcore.engine.errors import UserError
+from rlcore.engine.tasks import DEFAULTS
 from rlcore.methods import methods
 
 
@@ -19,8 +20,8 @@ class Train(Config):
     """Train a language model by reinforcement learning.
 
     Without options a small model learns sums and differences of two numbers in a few minutes. Values come from the
-    defaults, then from the method's own, then from a TOML file (--config, or the run's own on --resume), then from the
-    command line.
+    defaults, then from the task's and the method's own, then from a TOML file (--config, or the run's own on --resume),
+    then from the command line.
     """
 
     config: Path | None = None
@@ -58,7 +59,9 @@ def resolve(arguments: list[str]) -> Resolved:
     for file in files:
         config = load_toml(file, config)
     method = value_of("--method", arguments) or config.method
-    config = Config()
+    task = value_of("--task.name", arguments) or config.task.name
+    task = "" if config.task.data or config.task.mixture else task
+    config = layer(with_keys(Config(), DEFAULTS.get(task, {})), f"the task {task}")
     own = methods()[method].defaults if method in methods() else {}
     config = layer(with_keys(config, own), f"the method {method}")
     for file in files:

@@ -31,11 +31,20 @@ from rlcore.engine.seeding import generator
 PRESETS: dict[str, dict[str, Any]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
     "countdown": {
-        "min_numbers": 3, "max_numbers": 3, "min_value": 1, "max_value": 12, "min_target": 1, "max_target": 99,
+        "min_numbers": 3, "max_numbers": 3, "min_value": 1, "max_value": 25, "min_target": 1, "max_target": 99,
+        "operators": ("+", "-", "*"),
     },
 }  # fmt: skip
 # The sentences around these never change what is asked; without them the small model learns about twice as fast.
 TEMPLATES = {"chain_sum": "{expression} =", "countdown": "{numbers} -> {target}:"}
+# Keys of the configuration that go with a task where it is practised alone. The warm start of countdown ends with its
+# steps: a problem has several right answers, and the probability of the reference answer alone stays low.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "countdown": {
+        "task.pool": 40000, "model.layers": 3, "model.warm_steps": 400, "model.warm_accuracy": 0.25,
+        "rollout.max_new_tokens": 12,
+    }
+}  # fmt: skip
 DATA = "data"
 # The order in which a mixture's tasks follow one another is made in blocks of this many prompts.
 BLOCK = 1000

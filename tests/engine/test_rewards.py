@@ -156,7 +156,8 @@ def test_a_list_of_another_length(tmp_path, given):
         "def f(response):\n    while response == 'bad': pass\n    return 1",
         # What swallows every exception is interrupted again.
         "def f(response):\n    n = 0\n    while response == 'bad' and n < 1:\n        try:\n"
-        "            while True: pass\n        except BaseException: n += 1\n    while response == 'bad': pass\n    return 1",
+        "            while True: pass\n        except BaseException: n += 1\n"
+        "    while response == 'bad': pass\n    return 1",
     ],
 )
 def test_a_reward_that_hangs(tmp_path, body):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from rlcore.engine import countdown
 from rlcore.engine.config import Config, TaskConfig
 from rlcore.engine.errors import UserError
 from rlcore.engine.model import supervised
@@ -78,3 +79,61 @@ def test_options_and_their_errors():
         Task(TaskConfig(options={"min_terms": "0"}))
     with pytest.raises(UserError, match="too few"):
         Task(TaskConfig(pool=1))
+
+
+def test_mixtures():
+    """Weights hold in every block of 1000, epochs of each task are complete, a step needs no other before it."""
+    options = {"countdown.max_value": "12"}
+    config = TaskConfig(pool=600, held_out=40, mixture={"chain_sum": 3.0, "countdown": 1.0}, options=options)
+    task = Task(config)
+    assert task.name == "chain_sum+countdown" and len(task.held_out) == 40
+    assert sorted({p.task for p in task.held_out}) == ["chain_sum", "countdown"]
+    assert len(task.train) == sum(len(part.train) for part in task.parts.values())
+    drawn = [p for step in range(60) for p in task.prompts(step, 50, seed=1)]
+    for block in (drawn[:1000], drawn[1000:2000]):
+        assert sum(p.task == "chain_sum" for p in block) == 750
+    for name, part in task.parts.items():
+        mine = [p.prompt for p in drawn if p.task == name]
+        size = len(part.train)
+        whole = len(mine) // size * size
+        for epoch in range(0, whole, size):
+            assert sorted(mine[epoch : epoch + size]) == sorted(p.prompt for p in part.train)
+    assert whole >= size and Task(config).prompts(30, 50, seed=1) == drawn[1500:1550]
+    assert all(task.score(p, p.answer) == 1.0 for p in task.held_out)
+    assert max(n for p in task.train if p.task == "countdown" for n in p.entry["metadata"]["numbers"]) == 12
+    with pytest.raises(UserError, match=r"written TASK\.OPTION, got 'max_digits'"):
+        Task(TaskConfig(mixture={"chain_sum": 1.0}, options={"max_digits": "1"}))
+
+
+def test_countdown_asks_the_same_problem_on_one_side_only():
+    """Whatever the order of its numbers and the sentence that asks for it."""
+    task = Task(TaskConfig(name="countdown", pool=3000, held_out=300))
+
+    def identity(problem):
+        data = problem.entry["metadata"]
+        return tuple(sorted(data["numbers"])), data["target"]
+
+    train, held_out = ({identity(p) for p in side} for side in (task.train, task.held_out))
+    assert len(train) == len(task.train) and not train & held_out
+    problem = task.train[0]
+    numbers = " ".join(map(str, problem.entry["metadata"]["numbers"]))
+    assert problem.prompt == f"{numbers} -> {problem.entry['metadata']['target']}:" and " " not in problem.answer
+    assert all(task.score(p, p.answer) == 1.0 for p in task.train)
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("2*3+4", True), (" 4 + (3*2)\n", True), ("4+3*2/1", False), ("2+3+4", False), ("10", False), ("4+3+3", False),
+        ("2*3+4 ", True), ("(2*(3)+4)", True), ("", False), ("2*3+", False), ("2*3+4=10", False), ("2**3+4", False),
+        ("9**9**9**9", False), ("__import__('os').getpid()", False), ("+".join("1" * 10**5), False), ("(" * 199, False),
+        ("2/0", False), ("20/4*3-5", False), ("2*3+4.0", False), ("True*3", False),
+    ],
+)  # fmt: skip
+def test_countdown_checks_answers_without_running_them(answer, right):
+    entry = {"metadata": {"numbers": [2, 3, 4], "target": 10}}
+    assert countdown.is_solution(answer, entry) is right
+
+
+def test_countdown_divides_exactly():
+    assert countdown.is_solution("8/(3-8/3)", {"metadata": {"numbers": [8, 3, 8, 3], "target": 24}})
