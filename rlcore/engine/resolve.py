@@ -1,4 +1,4 @@
-"""What a run is to be: defaults < the task's < the method's < TOML files < the command line, and what set each value."""
+"""What a run is to be: defaults < the task's < the method's < TOML files < the command line; what set each value."""
 
 from __future__ import annotations
 
