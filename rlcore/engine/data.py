@@ -8,6 +8,7 @@ into a temporary file of JSON lines first.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import tempfile
 from array import array
@@ -123,6 +124,11 @@ class Rows(Sequence[Problem]):
         except UnicodeEncodeError:
             raise ValueError("half of a surrogate pair: not a text") from None
         return Problem(prompt, answer, entry, self.name)
+
+    @property
+    def digest(self) -> str:
+        """A hash of the questions, in their order."""
+        return hashlib.sha256(self.keys.tobytes()).hexdigest()
 
     @property
     def report(self) -> list[str]:

@@ -127,7 +127,7 @@ def load_or_make(config: Config, task: Task, device: torch.device, say: Callable
     if config.model.path:
         model, tokenizer = load(config.model.path)
         return model.to(device), tokenizer
-    directory = Path(config.model.cache).expanduser() / f"warm-start-{fingerprint(config, device)}"
+    directory = Path(config.model.cache).expanduser() / f"warm-start-{fingerprint(config, device, task.digest)}"
     if why_unusable(directory) is None:
         say(f"warm-started model from {directory}")
         model, tokenizer = load(directory)
@@ -156,12 +156,22 @@ def check_fit(model: Any, tokenizer: Any, task: Task, answer_length: int) -> Non
     task.fit(tokenizer, context, answer_length)
 
 
-def fingerprint(config: Config, device: torch.device) -> str:
-    """A name for the warm start of a config: equal where all that it depends on is equal."""
+def fingerprint(config: Config, device: torch.device, digest: str = "") -> str:
+    """A name for the warm start of a config: equal where all that it depends on is equal; `digest` is the task's."""
     model = {k: v for k, v in asdict(config.model).items() if k not in ("path", "cache")}
     task = {k: v for k, v in asdict(config.task).items() if k not in ("held_out", "partial_credit", "strict")}
     versions = [rl.__version__, torch.__version__, *map(importlib.metadata.version, ("reasoning-gym", "transformers"))]
-    parts = [versions, RECIPE, config.seed, model, task, config.update.layout, device.type, torch.get_num_threads()]
+    parts = [
+        versions,
+        RECIPE,
+        config.seed,
+        model,
+        task,
+        digest,
+        config.update.layout,
+        device.type,
+        torch.get_num_threads(),
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -54,7 +54,7 @@ BLOCK = 1000
 class Part:
     """The problems of one task or of the files, and their verifier.
 
-    sizes [R]: bytes of the training prompts, where they are known without reading them.
+    sizes [R]: bytes of the training prompts; digest: a hash of what is in the files.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Part:
     verify: Callable[[Problem, str], float]
     sizes: np.ndarray
     notes: list[str] = field(default_factory=list)
+    digest: str = ""
 
 
 class Task:
@@ -91,6 +92,11 @@ class Task:
         wanted = np.ceil(self.config.held_out * self.in_block / BLOCK).astype(int)
         self.train: Sequence[Problem] = parts[0].train if len(parts) == 1 else Chain([part.train for part in parts])
         self.held_out = [problem for part, count in zip(parts, wanted) for problem in part.held_out[:count]]
+
+    @property
+    def digest(self) -> str:
+        """What the config does not say about the problems: a hash of what is in the files."""
+        return "".join(part.digest for part in self.parts.values())
 
     def score(self, problem: Problem, response: str) -> float:
         """The verifier's reward for a response, 1.0 where it is right."""
@@ -266,7 +272,9 @@ def file_part(config: TaskConfig) -> Part:
         )
     verify = lambda problem, text: same_text(text, problem.answer)  # noqa: E731
     train = View(rows, unchanged, index)
-    return Part(DATA, train, list(held_out[: config.held_out]), verify, rows.sizes[index].astype(np.int64), notes)
+    return Part(
+        DATA, train, list(held_out[: config.held_out]), verify, rows.sizes[index].astype(np.int64), notes, rows.digest
+    )
 
 
 def label(config: TaskConfig) -> str:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlcore.cli import main
 from rlcore.engine.config import Config, TaskConfig, validate
 from rlcore.engine.config_file import load_toml, to_toml
 from rlcore.engine.data import Rows
 from rlcore.engine.errors import UserError
+from rlcore.engine.logging import read
+from rlcore.engine.model import fingerprint
 from rlcore.engine.rollout import encode
 from rlcore.engine.tasks import Task
+from rlcore.engine.trainer import train
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}\n{% endfor %}"
 TEMPLATE += "{% if add_generation_prompt %}<a>{% endif %}"
@@ -295,3 +302,30 @@ def test_config_round_trip(tmp_path):
     (tmp_path / "e.toml").write_text('[task]\nmixture = {chain_sum = "2"}\n')
     with pytest.raises(UserError, match=r"line 2: task\.mixture\.chain_sum must be a number"):
         load_toml(tmp_path / "e.toml")
+
+
+def test_a_run_on_files_resumes_bit_by_bit(tiny, tmp_path):
+    """With warm start, chat-free prompts, a mixture and a user's reward; and another file is another warm start."""
+    rows = [
+        {"prompt": f"{i % 10}+{j % 10}=", "answer": str((i + j) % 10), "id": 1} for i in range(10) for j in range(10)
+    ]
+    path = write(tmp_path / "a.jsonl", [*rows, "broken"])
+    changes = {
+        "task__data": [str(path)], "task__mixture": {"data": 1.0, "chain_sum": 1.0}, "task__options": {},
+        "reward__channels": {"correct": "verifier", "short": "regex:^.{1,2}$"}, "reward__weights": {"short": 0.5},
+    }  # fmt: skip
+    whole = tiny(steps=4, name="whole", **changes)
+    train(whole)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-000004")
+    train(tiny(steps=4, name="parts", **changes), resume=True)
+    a, b = (
+        [{k: v for k, v in r.items() if not k.startswith("time/")} for r in read(tmp_path / name / "metrics.jsonl")]
+        for name in ("whole", "parts")
+    )
+    assert a == b and [r["step"] for r in b] == list(range(5))
+    assert all(math.isclose(r["reward"], r["reward/correct"] + 0.5 * r["reward/short"], abs_tol=1e-5) for r in a[1:])
+    other = Task(dataclasses.replace(whole.task, data=[str(write(tmp_path / "b.jsonl", rows[:50]))]))
+    assert other.digest != Task(whole.task).digest
+    cpu = torch.device("cpu")
+    assert fingerprint(whole, cpu, other.digest) != fingerprint(whole, cpu, Task(whole.task).digest)

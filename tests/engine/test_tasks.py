@@ -8,6 +8,7 @@ from rlcore.engine import countdown
 from rlcore.engine.config import Config, TaskConfig
 from rlcore.engine.errors import UserError
 from rlcore.engine.model import supervised
+from rlcore.engine.resolve import resolve
 from rlcore.engine.rollout import encode
 from rlcore.engine.tasks import Task
 
@@ -137,3 +138,12 @@ def test_countdown_checks_answers_without_running_them(answer, right):
 
 def test_countdown_divides_exactly():
     assert countdown.is_solution("8/(3-8/3)", {"metadata": {"numbers": [8, 3, 8, 3], "target": 24}})
+
+
+def test_a_task_brings_its_defaults():
+    """Below the method's, the file's and the command line's; only where the task is practised alone."""
+    config = resolve(["--task.name", "countdown", "--model.layers", "5"]).config
+    assert (config.model.layers, config.model.warm_steps, config.rollout.max_new_tokens) == (5, 400, 12)
+    assert resolve([]).config.rollout.max_new_tokens == 8
+    mixed = resolve(["--task.mixture", "countdown", "1", "chain_sum", "1", "--task.name", "countdown"]).config
+    assert mixed.task.mixture == {"countdown": 1.0, "chain_sum": 1.0}
