@@ -44,6 +44,8 @@ def refuse_by_design(inner: Any) -> None:
     output = inner.get_output_embeddings()
     if not isinstance(getattr(output, "weight", None), Tensor) or output.weight.ndim != 2:
         raise AttachError(f"{name}: no output head with a weight [vocabulary, hidden] found")
+    if hasattr(output, "base_layer"):
+        raise AttachError(f"{name}: the output head has an adapter, which the head's weight alone does not show")
 
 
 def verify(model: Any) -> Attachment:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rlcore.engine import lora
 from rlcore.engine.config import Config
 from rlcore.engine.errors import SaveError, UserError
 
@@ -160,8 +161,11 @@ def optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str,
 
 
 def save_model(directory: Path, model: Any, tokenizer: Any) -> None:
-    """Model and tokenizer in Hugging Face format."""
-    model.save_pretrained(directory)
+    """Model and tokenizer in Hugging Face format; of a model with adapters, these alone."""
+    if lora.is_adapted(model):
+        lora.save(directory, model)
+    else:
+        model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 

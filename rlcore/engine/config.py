@@ -124,6 +124,19 @@ class ModelConfig:
     """Learning rate of the warm start."""
     cache: str = "~/.cache/rlcore"
     """Where warm-started models are kept for the next run."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What forward passes compute in, in rollout and update alike. bfloat16: autocast over float32 weights; with LoRA
+    the frozen weights are held in bfloat16 as well. Log-probs and losses are float32."""
+    lora_rank: Annotated[int, NOT_NEGATIVE] = 0
+    """Train low-rank adapters of this rank (needs peft) and freeze the weights; 0: train all weights."""
+    lora_alpha: Annotated[float, POSITIVE] = 32.0
+    """Adapters are scaled by lora_alpha / lora_rank."""
+    lora_targets: str = "all-linear"
+    """Modules with adapters, by the ends of their names with commas between; all-linear: all but the head."""
+    lora_merge: bool = False
+    """At the end of the run, write the model with its adapters merged in to runs/NAME/merged."""
+    gradient_checkpointing: bool = False
+    """Keep the inputs of layers alone and compute the rest again for the gradients: less memory, more time."""
 
 
 @dataclass
@@ -292,6 +305,8 @@ def validate(config: Config) -> Config:
     check_data_and_rewards(config)
     if config.model.hidden_size % config.model.heads or config.model.heads % 2:
         raise UserError("model.heads must be even and divide model.hidden_size")
+    if config.model.lora_merge and not config.model.lora_rank:
+        raise UserError("model.lora_merge needs adapters to merge: set model.lora_rank to 1 or more, got 0")
     if config.update.minibatches > config.rollout.prompts:
         raise UserError("update.minibatches must not be more than rollout.prompts: minibatches hold whole groups")
     if "groups" in methods()[config.method].needs and config.rollout.samples < 2:

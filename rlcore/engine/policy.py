@@ -7,6 +7,8 @@ for models where trees are not exact. Both take the same batch and give the same
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +19,8 @@ from torch import Tensor
 import rlcore as rl
 from rlcore.adapters.transformers import decoder, head, unwrap
 from rlcore.engine.errors import UserError
+from rlcore.engine.lora import is_adapted
+from rlcore.engine.precision import forward_pass
 
 Prompts = list[list[int]]
 Responses = list[list[list[int]]]
@@ -42,6 +46,7 @@ class Policy:
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
 
+    @forward_pass
     def loss(
         self, prompts: Prompts, responses: Responses, batch: rl.TokenBatch, objective: rl.Objective
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -53,6 +58,7 @@ class Policy:
         return rl.policy_loss(out.logp, batch, objective, entropy=out.entropy)
 
     @torch.no_grad()
+    @forward_pass
     def logp(self, prompts: Prompts, responses: Responses, batch: rl.TokenBatch) -> Tensor:
         """Log-probs [N] of the answers' tokens, without gradient."""
         if self.layout == "tree":
@@ -60,12 +66,21 @@ class Policy:
             return rl.linear_logprob(hidden, target=batch.target, **self._head()).logp
         return rl.logprob(self._logits(prompts, responses), batch.target, self.temperature).logp
 
+    @forward_pass
     def hidden(self, prompts: Prompts, responses: Responses) -> Tensor:
         """The decoder's last hidden states [N, H] at the positions that predict the answers' tokens."""
         if self.layout == "tree":
             return rl.trunk(self.model, answer_tree(prompts, responses, self.device))
         ids, mask, rows = self._padded(prompts, responses)
         return decoder(unwrap(self.model))(ids, attention_mask=mask, use_cache=False).last_hidden_state[rows]
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """The model as it was before its adapters, inside the block: the reference, from the same weights."""
+        if not is_adapted(self.model):
+            raise ValueError(f"model: expected one with adapters, got {type(self.model).__name__}")
+        with self.model.disable_adapter():
+            yield
 
     def _head(self) -> dict[str, Any]:
         return {**head(self.model)._asdict(), "temperature": self.temperature}

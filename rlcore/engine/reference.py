@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,24 @@ from rlcore.engine.checkpoint import save_model, why_unusable, write_directory
 from rlcore.engine.config import Config
 from rlcore.engine.model import load, load_or_make
 from rlcore.engine.policy import Policy, Prompts, Responses
+from rlcore.engine.precision import compute_in_bfloat16
 from rlcore.engine.tasks import Task
 
 
 class Reference:
-    """Log-probs [N] of answers under the frozen model, in the policy's layout and at its temperature."""
+    """Log-probs [N] of answers under the frozen model, in the policy's layout and at its temperature.
 
-    def __init__(self, policy: Policy, model: Any) -> None:
-        self.policy = copy.copy(policy)
-        self.policy.model = rl.attach(model) if policy.layout == "tree" else model
+    Without a model of its own it is the policy's without its adapters.
+    """
+
+    def __init__(self, policy: Policy, model: Any = None) -> None:
+        self.policy, self.shared = copy.copy(policy), model is None
+        if model is not None:
+            self.policy.model = rl.attach(model) if policy.layout == "tree" else model
 
     def logp(self, prompts: Prompts, responses: Responses, batch: rl.TokenBatch) -> Tensor:
-        return self.policy.logp(prompts, responses, batch)
+        with self.policy.without_adapter() if self.shared else nullcontext():
+            return self.policy.logp(prompts, responses, batch)
 
 
 def load_reference(config: Config, task: Task, policy: Policy, run: Path) -> Reference | None:
@@ -36,9 +43,13 @@ def load_reference(config: Config, task: Task, policy: Policy, run: Path) -> Ref
     """
     if config.kl.place == "none":
         return None
+    if config.model.lora_rank:
+        return Reference(policy)
     directory = run / "reference"
     if why_unusable(directory) is not None:
         start, tokenizer = load_or_make(config, task, torch.device("cpu"), lambda message: None)
         write_directory(directory, lambda temporary: save_model(temporary, start, tokenizer))
     model, _ = load(directory)
+    if config.model.dtype == "bfloat16":
+        compute_in_bfloat16(model)
     return Reference(policy, model.to(policy.device).requires_grad_(False))

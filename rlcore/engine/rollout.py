@@ -11,6 +11,7 @@ from torch import Tensor
 
 import rlcore as rl
 from rlcore.engine.config import RolloutConfig
+from rlcore.engine.precision import numerics
 from rlcore.engine.sampler import sample
 from rlcore.engine.tasks import Problem, Task
 from rlcore.layout import TENSORS
@@ -48,18 +49,19 @@ def roll_out(
 ) -> Rollout:
     """Samples config.samples answers to every problem and scores them; `step` is named where a reward fails."""
     prompts = encode(tokenizer, [problem.prompt for problem in problems])
-    drawn = sample(
-        model,
-        prompts,
-        config.samples,
-        max_new_tokens=config.max_new_tokens,
-        eos_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        generator=generator,
-    )
+    with numerics(model):
+        drawn = sample(
+            model,
+            prompts,
+            config.samples,
+            max_new_tokens=config.max_new_tokens,
+            eos_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            generator=generator,
+        )
     real = torch.arange(drawn.ids.shape[1], device=drawn.ids.device) < drawn.lengths[:, None]
     offsets = torch.nn.functional.pad(drawn.lengths.cumsum(0), (1, 0))
     group = torch.arange(len(problems), device=offsets.device).repeat_interleave(config.samples)

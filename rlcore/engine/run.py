@@ -18,6 +18,7 @@ from rlcore.engine.tasks import label
 
 # What a run is: with another value it would be another run, not the rest of this one.
 FIXED = ("seed", "model.", "task.")
+FREE = ("model.cache", "model.gradient_checkpointing", "model.lora_merge")
 
 
 class RunDirectory:
@@ -65,7 +66,7 @@ class RunDirectory:
             return self.write_config()
         stored = load_toml(self.path / "config.toml")
         self.changes = changes(dataclasses.replace(stored, name=self.config.name, dir=self.config.dir), self.config)
-        fixed = [key for key in self.changes if key.startswith(FIXED) and key != "model.cache"]
+        fixed = [key for key in self.changes if key.startswith(FIXED) and key not in FREE]
         if fixed:
             raise UserError(
                 f"a resumed run keeps its seed, model and task; choose another --name for {self.told(fixed)}"

@@ -25,7 +25,7 @@ from rlcore.engine.config import Config, validate
 from rlcore.engine.errors import Interrupted, UserError
 from rlcore.engine.evaluate import evaluate
 from rlcore.engine.logging import RunLog
-from rlcore.engine.model import check_fit, load, load_or_make
+from rlcore.engine.model import check_fit, load_start, load_trained, save_merged
 from rlcore.engine.policy import Policy
 from rlcore.engine.reference import load_reference
 from rlcore.engine.resample import fill_up, token_count, without_signal
@@ -51,12 +51,12 @@ def train(config: Config, resume: bool = False) -> None:
         first_step = 0 if saved is None else saved.step + 1
         checkpoint.set_aside(run.checkpoints, after=first_step - 1)
         if saved is None:
-            model, tokenizer = load_or_make(config, task, device, print)
+            model, tokenizer = load_start(config, task, device, print)
         else:
-            model, tokenizer = load(saved.path / "model")
+            model, tokenizer = load_trained(saved.path / "model", config, task, device, print)
             checkpoint.check_shape(model, config, saved.path)
         check_fit(model, tokenizer, task, config.rollout.max_new_tokens)
-        policy = Policy(model.to(device), tokenizer.pad_token_id, config.update.layout, config.rollout.temperature)
+        policy = Policy(model, tokenizer.pad_token_id, config.update.layout, config.rollout.temperature)
         learner = Learner(config, method, policy, load_reference(config, task, policy, run.path))
         if saved is not None:
             learner.restore(saved.path)
@@ -97,6 +97,8 @@ def train(config: Config, resume: bool = False) -> None:
                 if stopping:
                     log.curves()
                     raise Interrupted(f"Stopped after step {step}. Go on with: {run.command}")
+            if config.model.lora_merge:
+                save_merged(run.path / "merged", model, tokenizer)
             log.conclude()
 
 

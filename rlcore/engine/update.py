@@ -38,7 +38,7 @@ class Learner:
     def __init__(self, config: Config, method: rl.Method, policy: Policy, reference: Reference | None) -> None:
         self.config, self.method, self.policy, self.reference = config, method, policy, reference
         self.optimizer = torch.optim.AdamW(
-            policy.model.parameters(),
+            [parameter for parameter in policy.model.parameters() if parameter.requires_grad],
             lr=config.update.lr,
             betas=(config.update.beta1, config.update.beta2),
             weight_decay=config.update.weight_decay,

@@ -7,10 +7,10 @@ import pytest
 from rlcore.engine import countdown
 from rlcore.engine.config import Config, TaskConfig
 from rlcore.engine.errors import UserError
-from rlcore.engine.model import supervised
 from rlcore.engine.resolve import resolve
 from rlcore.engine.rollout import encode
 from rlcore.engine.tasks import Task
+from rlcore.engine.warm_start import supervised
 
 
 def test_training_and_held_out_questions_are_disjoint():

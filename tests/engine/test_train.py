@@ -377,7 +377,7 @@ def test_stopped_at_once(tiny, monkeypatch, step):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    where = "rlcore.engine.trainer." + ("load_or_make" if step is None else "roll_out")
+    where = "rlcore.engine.trainer." + ("load_start" if step is None else "roll_out")
     monkeypatch.setattr(where, interrupt)
     config = tiny(name="a run")
     known = "no checkpoint yet" if step is None else "step-000000"
