@@ -122,6 +122,11 @@ def train(arguments: list[str]) -> int:
         from rlcore.engine.trainer import train as run_training
 
         logging.disable_progress_bar()
+        if resolved.dry_run:
+            from rlcore.engine.estimate import dry_run
+
+            print(dry_run(resolved))
+            return 0
         run_training(name_run(resolved.config), resume=resolved.resume)
     return 0
 

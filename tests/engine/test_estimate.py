@@ -1,0 +1,181 @@
+"""The dry run: nothing on the disk, numbers that a real run bears out."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rlcore as rl
+from rlcore.cli import main
+from rlcore.engine.config_file import load_toml, to_toml
+from rlcore.engine.estimate import estimate, saved_bytes, shape_of
+from rlcore.engine.policy import Policy
+
+
+def dry(capsys, tmp_path, config, *arguments: str) -> str:
+    (tmp_path / "given.toml").write_text(to_toml(config))
+    assert main(["train", "--config", str(tmp_path / "given.toml"), "--dry-run", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_it_prints_the_config_and_writes_nothing(capsys, tiny, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    config = tiny(dir=str(tmp_path / "runs"), name="new", model__cache=str(cache))
+    text = dry(capsys, tmp_path, config, "--update.lr", "1e-3")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["given.toml"]
+    (tmp_path / "printed.toml").write_text(text)
+    expected = dataclasses.replace(config, update=dataclasses.replace(config.update, lr=1e-3))
+    assert load_toml(tmp_path / "printed.toml") == expected
+    lines = text.splitlines()
+    assert "lr = 0.001  # the command line; default 0.0015" in lines
+    assert f"steps = 4  # {tmp_path / 'given.toml'}; default 400" in lines
+    assert "keep = 2" in lines and "beta1 = 0.9" in lines
+
+
+def test_the_methods_own_values_are_marked(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    method = next(method for method in rl.methods().values() if method.defaults)
+    options = ["--task.pool", "2000", "--task.held-out", "10"]
+    assert main(["train", "--dry-run", "--method", method.key, *options]) == 0
+    text = capsys.readouterr().out
+    for key, value in method.defaults.items():
+        line = next(line for line in text.splitlines() if line.startswith(key.rpartition(".")[2] + " ="))
+        assert f"# the method {method.key}" in line and str(value).lower() in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_of_a_step(capsys, tiny, tmp_path):
+    """6 prompts of 7 tokens ("1 + 2 =", "1 - 2 ="), 6 answers of at most 8 tokens, and the parameters of the model."""
+    config = tiny()
+    text = dry(capsys, tmp_path, config)
+    _, model = shape_of(config)
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters" in text
+    assert f"up to {6 * (6 * 8 + 7)} tokens" in text
+    from rlcore.engine.tasks import Task
+
+    train = len(Task(config.task).train)
+    assert f"{train} for training, 10 held out" in text
+    assert f"{-(-train // 6)} steps; 4 steps are {4 / -(-train // 6):.2f} epochs" in text
+
+
+def test_a_run_that_can_not_be_is_refused(capsys, tiny, tmp_path):
+    (tmp_path / "given.toml").write_text(to_toml(tiny()))
+    for options in (["--rollout.max-new-tokens", "5000"], ["--model.path", "/nope/x"], ["--task.name", "chainsum"]):
+        assert main(["train", "--config", str(tmp_path / "given.toml"), "--dry-run", *options]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_is_kept_for_the_backward_pass(tiny, small):
+    """The count on the meta device against the same count in a real forward pass through the packed trees."""
+    model, tokenizer, _ = small
+    policy = Policy(model, tokenizer.pad_token_id, "tree")
+    prompts, responses = [[5] * 20] * 4, [[[6 + i] * 30 for i in range(6)]] * 4
+    from rlcore.engine.policy import answer_tree
+
+    seen = {p.untyped_storage().data_ptr(): p for p in model.parameters()}
+    before = len(seen)
+
+    def keep(x):
+        seen.setdefault(x.untyped_storage().data_ptr(), x)
+        return x
+
+    tree = answer_tree(prompts, responses, torch.device("cpu"))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        rl.trunk(policy.model, tree)
+    real = sum(x.untyped_storage().nbytes() for x in list(seen.values())[before:]) / tree.M
+    assert saved_bytes(shape_of(tiny())[1]) == pytest.approx(real, rel=0.15)
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+import torch
+import rlcore as rl
+from rlcore.engine.config import Config
+from rlcore.engine.config_file import load_toml
+from rlcore.engine import evaluate, rollout, sampler
+from rlcore.engine.policy import Policy
+from rlcore.engine.seeding import generator
+from rlcore.engine.tasks import Task
+from rlcore.engine.timing import Stopwatch
+from rlcore.engine.update import Learner
+from rlcore.engine.estimate import character_tokenizer, small_model
+
+def endless(*arguments, **options):  # no answer ends early: a step at its fullest
+    return sample(*arguments, **{**options, "eos_id": -1})
+
+sample = sampler.sample
+for module in (rollout, evaluate):
+    if hasattr(module, "sample"):
+        module.sample = endless
+
+def kilobytes(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+def step(config, number, peak):
+    tokenizer = character_tokenizer()
+    model = small_model(config, len(tokenizer)).eval()
+    policy = Policy(model, tokenizer.pad_token_id, config.update.layout)
+    learner = Learner(config, rl.methods()[config.method], policy, None)
+    for k in (1, 2):
+        stream = generator(0, "rollout", k)
+        problems = task.prompts(k - 1, config.rollout.prompts, 0)
+        drawn = rollout.roll_out(model, tokenizer, task, problems, config.rollout, stream)
+        learner.learn(drawn, drawn.reward, k, Stopwatch())
+    evaluate.evaluate(model, tokenizer, task, config, torch.device("cpu"))
+
+torch.set_num_threads(1)
+config = load_toml(Path(sys.argv[1]))
+task = Task(config.task)
+import dataclasses
+few = dataclasses.replace(config.rollout, prompts=2, samples=2, max_new_tokens=2)
+little = dataclasses.replace(config, rollout=few, eval=dataclasses.replace(config.eval, batch=1, samples=1),
+    model=dataclasses.replace(config.model, hidden_size=32, heads=2, layers=1))
+step(little, 1, None)  # what is imported and set up at first use
+before = kilobytes("VmRSS")
+step(config, 2, None)
+print((kilobytes("VmHWM") - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"update__micro_tokens": 2048},
+        {"update__micro_tokens": 1024, "update__layout": "padded", "method": "ppo"},
+        {
+            "update__micro_tokens": 128,
+            "rollout__samples": 2,
+            "rollout__prompts": 8,
+            "eval__batch": 10,
+            "eval__samples": 150,
+        },
+    ],
+    ids=["activations", "critic", "sampling"],
+)
+def test_measured_peak(tiny, tmp_path, changes):
+    """Growth of the peak resident set over a real step, in a process of its own, within a factor of 1.5."""
+    config = tiny(model__hidden_size=256, model__layers=4, model__heads=4, rollout__prompts=16, rollout__samples=8,
+                  rollout__max_new_tokens=32, update__minibatches=2, device="cpu", eval__batch=2)  # fmt: skip
+    for key, value in changes.items():
+        section, _, name = key.rpartition("__")
+        part = dataclasses.replace(getattr(config, section), **{name: value}) if section else value
+        config = dataclasses.replace(config, **{section or name: part})
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    out = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path / "config.toml")],
+        capture_output=True, text=True, check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
+    ).stdout  # fmt: skip
+    measured = int(out.split()[-1])
+    guess = estimate(config, shape_of(config)[1], 7, 7).peak
+    print(f"measured {measured / 2**20:.0f} MiB, estimated {guess / 2**20:.0f} MiB")
+    assert measured / 1.5 < guess < 1.5 * measured
