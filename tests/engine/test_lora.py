@@ -198,3 +198,14 @@ def test_adapters_go_onto_no_other_weights(tiny, small, tmp_path):
         load(saved)
     with pytest.raises(UserError, match="its adapters belong to the weights of"):
         train(dataclasses.replace(config, steps=3), resume=True)
+
+
+@pytest.mark.parametrize("method", ["grpo", "ppo"])
+def test_reference_and_critic_of_a_run_with_adapters(tiny, method):
+    """The reference is the base: no distance before the first update, some after it, and no second copy on the disk."""
+    config = tiny(method=method, steps=2, model__lora_rank=4, update__lr=2e-2, kl__place="loss")
+    train(config)
+    records = read(Path(config.dir) / config.name / "metrics.jsonl")[1:]
+    assert records[0]["kl/answer"] == 0 != records[1]["kl/answer"]
+    assert not (Path(config.dir) / config.name / "reference").exists()
+    assert all(record["policy/grad_norm"] > 0 for record in records)
