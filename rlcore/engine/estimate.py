@@ -67,6 +67,8 @@ def dry_run(resolved: Resolved) -> str:
     }
     for title, part in (("always", found.lasting), ("sampling", found.sampling), ("update", found.update)):
         rows[f"  {title}"] = ", ".join(f"{name} {size(count)}" for name, count in part.items() if count)
+    if config.model.lora_rank or config.model.gradient_checkpointing or config.model.dtype != "float32":
+        rows["  note"] = "full training in float32 is counted; adapters, bfloat16 and checkpointing change it"
     report = "\n".join(f"# {name:12} {text}" for name, text in rows.items())
     return f"{marked(config, resolved.sources)}\n{report}"
 
