@@ -1,4 +1,4 @@
-"""The command line: `rlcore train`, `plot`, `methods`, `doctor`, `backends`.
+"""The command line: `rlcore train`, `eval`, `show`, `plot`, `methods`, `doctor`, `backends`.
 
 Exit codes: 0 done; 1 an error that should not happen, with a traceback, or a self-test that failed; 2 something in the
 command, the config or the files is not as it must be; 3 the machine could not go on (disk full, read-only directory,
@@ -141,6 +141,24 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def evaluate(arguments: list[str]) -> int:
+    """`rlcore eval`."""
+    from rlcore.engine import eval_run
+    from rlcore.engine.arguments import parse
+
+    eval_run.evaluate_run(parse(eval_run.Eval, arguments, "rlcore eval"))
+    return 0
+
+
+def show(arguments: list[str]) -> int:
+    """`rlcore show`."""
+    from rlcore.engine import show
+    from rlcore.engine.arguments import parse
+
+    show.show(parse(show.Show, arguments, "rlcore show"))
+    return 0
+
+
 def plot(arguments: list[str]) -> int:
     """`rlcore plot`."""
     from rlcore.engine import plot
@@ -192,6 +210,8 @@ def methods(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (train, "train a language model by reinforcement learning; --dry-run says what it would be"),
+    "eval": (evaluate, "measure a checkpoint of a run: mean@k, pass@k, majority vote, lengths"),
+    "show": (show, "show logged answers token by token, in the terminal or as a page"),
     "plot": (plot, "draw the curves of one run or several into one picture"),
     "methods": (methods, "list the methods: key, title, paper, formula, what they need"),
     "doctor": (doctor, "describe machine, versions and live kernels, test them against the reference, measure speed"),

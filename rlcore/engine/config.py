@@ -240,14 +240,26 @@ class KLConfig:
 
 @dataclass
 class EvalConfig:
-    """How the policy is measured: mean accuracy over samples at temperature 1 on the held-out problems."""
+    """How the policy is measured on the held-out problems."""
 
     every: Annotated[int, NOT_NEGATIVE] = 25
     """Steps between evaluations; there is always one before and one after. 0: only these two."""
     samples: Annotated[int, AT_LEAST_ONE] = 8
     """Answers per held-out problem."""
+    temperature: Annotated[float, NOT_NEGATIVE] = 1.0
+    """Sampling temperature. 0: the likeliest token each time, and one answer per problem."""
     batch: Annotated[int, AT_LEAST_ONE] = 125
     """Problems that are sampled at a time."""
+
+
+@dataclass
+class LogConfig:
+    """Where metrics go beside the run's own files and TensorBoard."""
+
+    wandb: str = ""
+    """Project at Weights & Biases, with the package wandb. Empty: off."""
+    trackio: str = ""
+    """Project of trackio, with the package trackio. Empty: off."""
 
 
 @dataclass
@@ -284,6 +296,7 @@ class Config:
     kl: KLConfig = field(default_factory=KLConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
 
 def validate(config: Config) -> Config:

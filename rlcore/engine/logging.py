@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from rlcore.engine.errors import SaveError
 from rlcore.engine.plot import Curves, draw, picture
 from rlcore.engine.records import cut, read, write_whole
 from rlcore.engine.rollout import Rollout
+from rlcore.engine.samples import Seen, line
 from rlcore.engine.screen import Screen
+from rlcore.engine.trackers import Tracker
 
 # Seconds between drawings of curves.png while a run goes on; more where a drawing takes over 1 % of that.
 REDRAW = 20.0
@@ -30,10 +32,10 @@ REDRAW = 20.0
 class RunLog:
     """Writes the files of one run and its progress to the terminal. Open it with `with`."""
 
-    def __init__(self, directory: Path, first_step: int, steps: int) -> None:
+    def __init__(self, directory: Path, first_step: int, steps: int, trackers: Sequence[Tracker] = ()) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.directory = directory
+        self.directory, self.trackers = directory, trackers
         self.screen = Screen(first_step, steps)
         with self.writing():
             if first_step == 0:
@@ -43,6 +45,8 @@ class RunLog:
             self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
         for record in read(directory / "metrics.jsonl"):
             self.screen.accuracy = record.get("eval/accuracy", self.screen.accuracy)
+        for tracker in trackers:
+            tracker.start(self.say)
         self.drawn, self.redraw = time.monotonic(), REDRAW
 
     def __enter__(self) -> RunLog:
@@ -54,6 +58,8 @@ class RunLog:
             # Where the disk is full, closing fails like the write before it, which is the error to report.
             with suppress(OSError):
                 file.close()
+        for tracker in self.trackers:
+            tracker.close()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -94,18 +100,14 @@ class RunLog:
         if "eval/accuracy" in record and time.monotonic() > self.drawn + self.redraw:
             self.curves()
         self.screen.step(step, record)
+        for tracker in self.trackers:
+            tracker.log(step, record)
 
-    def answers(self, step: int, rollout: Rollout, advantage: Tensor, count: int) -> None:
-        """Writes the first `count` answers of a step, with reward and the advantage [N] of the first token."""
-        assert rollout.batch.offsets is not None
-        of_answer = advantage[rollout.batch.offsets[:-1]].tolist()
-        group = len(rollout.texts) // len(rollout.problems)
+    def answers(self, step: int, rollout: Rollout, advantage: Tensor, seen: list[Seen]) -> None:
+        """Writes the first answers of a step, those that `look` has seen, with the advantages [N] of all tokens."""
         with self.writing():
-            for s, text in enumerate(rollout.texts[:count]):
-                problem = rollout.problems[s // group]
-                line = {"step": step, "prompt": problem.prompt, "answer": text, "reference": problem.answer}
-                line |= {"reward": float(rollout.reward[s]), "advantage": of_answer[s]}
-                self.samples.write(json.dumps(line, ensure_ascii=False) + "\n")
+            for s, one in enumerate(seen):
+                self.samples.write(line(step, rollout, s, advantage, one))
             self.samples.flush()
 
     def sync(self) -> None:

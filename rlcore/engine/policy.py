@@ -66,6 +66,16 @@ class Policy:
             return rl.linear_logprob(hidden, target=batch.target, **self._head()).logp
         return rl.logprob(self._logits(prompts, responses), batch.target, self.temperature).logp
 
+    @torch.no_grad()
+    @forward_pass
+    def scores(self, prompts: Prompts, responses: Responses) -> rl.LogProbs:
+        """Log-probs [N] of the answers' tokens and the entropies [N] of what they were drawn from, without gradient."""
+        target = torch.tensor([token for group in responses for ids in group for token in ids], device=self.device)
+        if self.layout == "tree":
+            hidden = rl.trunk(self.model, answer_tree(prompts, responses, self.device))
+            return rl.linear_logprob(hidden, target=target, entropy=True, **self._head())
+        return rl.logprob(self._logits(prompts, responses), target, self.temperature, entropy=True)
+
     @forward_pass
     def hidden(self, prompts: Prompts, responses: Responses) -> Tensor:
         """The decoder's last hidden states [N, H] at the positions that predict the answers' tokens."""

@@ -31,9 +31,11 @@ from rlcore.engine.reference import load_reference
 from rlcore.engine.resample import fill_up, token_count, without_signal
 from rlcore.engine.rollout import Rollout, roll_out
 from rlcore.engine.run import RunDirectory
+from rlcore.engine.samples import look
 from rlcore.engine.seeding import generator, permutation, seed_of
 from rlcore.engine.tasks import Task
 from rlcore.engine.timing import Stopwatch
+from rlcore.engine.trackers import trackers
 from rlcore.engine.update import Learner
 
 
@@ -45,6 +47,7 @@ def train(config: Config, resume: bool = False) -> None:
     method = rl.methods()[validate(config).method]
     device = choose_device(config)
     with RunDirectory(Path(config.dir) / config.name, config, resume) as run, repeatable(config):
+        tracked = trackers(config, run.path)
         task = Task(config.task, config.reward)
         checkpoint.clean(run.checkpoints)
         saved = checkpoint.load_latest(run.checkpoints, print) if resume else None
@@ -62,7 +65,7 @@ def train(config: Config, resume: bool = False) -> None:
             learner.restore(saved.path)
         run.accept()
 
-        with RunLog(run.path, first_step, config.steps) as log, StopSignal() as stop:
+        with RunLog(run.path, first_step, config.steps, tracked) as log, StopSignal() as stop:
             log.say(introduction(config, policy, task, run, first_step))
             # Step 0 is the evaluation before any training.
             for step in range(first_step, config.steps + 1):
@@ -77,8 +80,9 @@ def train(config: Config, resume: bool = False) -> None:
                     reward = rollout.reward
                     if config.shuffle_rewards:
                         reward = reward[permutation(len(reward), config.seed, "shuffle", step)]
+                    seen = look(policy, tokenizer, rollout, config.log_samples)
                     advantage, metrics = learner.learn(rollout, reward, step, clock)
-                    log.answers(step, rollout, advantage, config.log_samples)
+                    log.answers(step, rollout, advantage, seen)
                     record |= {**metrics, **clock.metrics()}
                     record["time/tokens_per_s"] = record["sampled_tokens"] / record["time/step"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,3 +55,18 @@ def small(model_cache: Path):
     config = Config(model=ModelConfig(hidden_size=32, heads=2), task=TaskConfig(pool=2000, held_out=10))
     tokenizer = character_tokenizer()
     return small_model(config, len(tokenizer)).eval(), tokenizer, Task(config.task)
+
+
+@pytest.fixture(scope="session")
+def finished_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("finished")
+
+
+@pytest.fixture
+def finished(tiny: Callable[..., Config], finished_place: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run with checkpoints and evaluations at steps 2 and 4, trained once."""
+    from rlcore.engine.trainer import train
+
+    if not (finished_place / "run").exists():
+        train(tiny(dir=str(finished_place), eval__samples=4, task__held_out=20))
+    return shutil.copytree(finished_place / "run", tmp_path / "finished")

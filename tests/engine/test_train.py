@@ -121,7 +121,7 @@ def test_files_of_a_run(tiny, capsys):
     assert records[1]["policy/tokens"] == records[1]["length"] * 36
     assert len((path / "samples.jsonl").read_text().splitlines()) == 4 * config.log_samples
     assert json.loads((path / "samples.jsonl").read_text().splitlines()[0]).keys() == {
-        "step", "prompt", "answer", "reference", "reward", "advantage",
+        "step", "prompt", "answer", "reference", "reward", "tokens", "logp", "entropy", "advantage",
     }  # fmt: skip
     assert (path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((path / "tensorboard").glob("events.*"))
