@@ -243,6 +243,27 @@ def test_rows_that_do_not_see_one_another(row, where, value, options):
         assert got[0][queries].isnan().flatten(1).any(-1).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 1.5}, {"window": 70, "softcap": 1.5}])
+@pytest.mark.parametrize("row", [1, 70, 149, 155, 200])
+def test_infinite_key_with_finite_weights(row, options):
+    """Scores of -inf, alone or under a softcap, give finite weights and gradients of 0: the key alone is not finite.
+
+    All but the gradients of the queries that see it is what a key gives that is just far enough.
+    """
+    tree, rows = FORESTS["long"]
+    below = torch.tensor([row in seen for seen in oracle.keys_of_rows(rows, options.get("window"))])
+    q, k, v, do, _ = problem(tree, D=19, sink=False)
+    q[:, :, 3] = q[:, :, 3].abs() + 0.5
+    results = []
+    for value in (-1e4, -torch.inf):
+        k[row, :, 3] = value
+        results.append(run(tree, q, k, v, do, None, **options))
+    (o, dq, dk, dv), got = results
+    for name, x, y in zip(("o", "dk", "dv"), (got[0], *got[2:]), (o, dk, dv), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5, msg=name)
+    torch.testing.assert_close(got[1][~below], dq[~below], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [1e3, 1e-3])
 def test_extreme_scores(size):
     """Scores in the thousands in both directions, and sinks far above and below them."""
