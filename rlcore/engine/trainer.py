@@ -80,7 +80,8 @@ def train(config: Config, resume: bool = False) -> None:
                     reward = rollout.reward
                     if config.shuffle_rewards:
                         reward = reward[permutation(len(reward), config.seed, "shuffle", step)]
-                    seen = look(policy, tokenizer, rollout, config.log_samples)
+                    with clock("look"):
+                        seen = look(policy, tokenizer, rollout, config.log_samples)
                     advantage, metrics = learner.learn(rollout, reward, step, clock)
                     log.answers(step, rollout, advantage, seen)
                     record |= {**metrics, **clock.metrics()}
