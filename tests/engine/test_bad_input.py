@@ -241,6 +241,8 @@ def interrupt_in(monkeypatch, phase: str, number: int, times: int) -> None:
         "warm_start": (models, "warm_start"),
     }[phase]  # fmt: skip
     original, calls = getattr(owner, name), []
+    # A shell's background job starts with SIGINT ignored, and Python then leaves it so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def entered(*arguments, **named):
         calls.append(1)
