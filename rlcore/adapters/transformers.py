@@ -65,9 +65,10 @@ def attach(model: Any) -> Any:
     from rlcore.adapters import transformers_probe as probe
 
     inner = unwrap(model)
+    # Also where it is attached already: what was added since (an adapter on the head) may exclude it.
+    probe.refuse_by_design(inner)
     if getattr(inner, "_rlcore", None) is not None and _is_attached(decoder(inner)):
         return model
-    probe.refuse_by_design(inner)
     restore = _switch(inner)
     try:
         inner._rlcore = probe.verify(model)

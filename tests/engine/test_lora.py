@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import rlcore as rl
 from rlcore.engine import checkpoint, lora
 from rlcore.engine.config import ModelConfig, validate
 from rlcore.engine.errors import UserError
@@ -112,7 +113,7 @@ def test_an_adapter_on_the_head_runs_padded(small):
     model = copy.deepcopy(small[0])
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    model = lora.add(model, ModelConfig(lora_rank=4, lora_targets="q_proj, lm_head"), 0)
+    model = lora.add(rl.attach(model), ModelConfig(lora_rank=4, lora_targets="q_proj, lm_head"), 0)
     policy = Policy(model, 0)
     assert policy.layout == "padded" and "head has an adapter" in policy.why_padded
     found = gradients(policy)[1]
