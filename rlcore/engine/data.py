@@ -12,15 +12,15 @@ import hashlib
 import json
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import IO, Any
 
 import numpy as np
 
 from rlcore.engine.config import TaskConfig
 from rlcore.engine.errors import SaveError, UserError
-from rlcore.engine.problem import Problem, excerpt, key_of, render
+from rlcore.engine.problem import Problem, Problems, excerpt, key_of, render
 
 SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 # As many bad rows are shown one by one; all are counted.
@@ -29,7 +29,7 @@ SHOWN = 3
 UNKNOWN_LENGTH = 2**32 - 1
 
 
-class Rows(Sequence[Problem]):
+class Rows(Problems):
     """The problems of some files, each made when it is asked for.
 
     keys [R] uint64: hashes of the questions; sizes [R] uint32: UTF-8 bytes of the prompts, an upper bound of their
@@ -63,15 +63,7 @@ class Rows(Sequence[Problem]):
     def __len__(self) -> int:
         return len(self.offsets)
 
-    @overload
-    def __getitem__(self, i: int) -> Problem: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Problem]: ...
-    def __getitem__(self, i: int | slice) -> Problem | list[Problem]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
+    def at(self, i: int) -> Problem:
         file = self.files[self.file_of[i]]
         line = file.line_at(int(self.offsets[i]))
         try:

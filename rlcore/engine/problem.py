@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 NAME = re.compile(r"\{(\w+)\}")
 
@@ -21,6 +23,25 @@ class Problem:
     answer: str
     entry: dict[str, Any]
     task: str = ""
+
+
+class Problems(Sequence[Problem]):
+    """Problems by place, each made when it is asked for."""
+
+    @overload
+    def __getitem__(self, i: int) -> Problem: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Problem]: ...
+    def __getitem__(self, i: int | slice) -> Problem | list[Problem]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        return self.at(i % len(self))
+
+    @abstractmethod
+    def at(self, i: int) -> Problem:
+        """The problem at place i, 0 <= i < len(self)."""
 
 
 def render(template: str, entry: dict[str, Any]) -> str:

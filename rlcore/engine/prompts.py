@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
 from rlcore.engine.config import TaskConfig
 from rlcore.engine.errors import UserError
-from rlcore.engine.problem import Problem
+from rlcore.engine.problem import Problem, Problems
 
 # How many prompts are tokenized at a time.
 BATCH = 1024
 
 
-class View(Sequence[Problem]):
+class View(Problems):
     """Some of a sequence's problems, in their order, each changed by `finish` when it is asked for."""
 
     def __init__(
@@ -28,19 +28,11 @@ class View(Sequence[Problem]):
     def __len__(self) -> int:
         return len(self.problems if self.chosen is None else self.chosen)
 
-    @overload
-    def __getitem__(self, i: int) -> Problem: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Problem]: ...
-    def __getitem__(self, i: int | slice) -> Problem | list[Problem]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
+    def at(self, i: int) -> Problem:
         return self.finish(self.problems[i if self.chosen is None else int(self.chosen[i])])
 
 
-class Chain(Sequence[Problem]):
+class Chain(Problems):
     """Several sequences one after the other."""
 
     def __init__(self, parts: list[Sequence[Problem]]) -> None:
@@ -49,13 +41,7 @@ class Chain(Sequence[Problem]):
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
-    @overload
-    def __getitem__(self, i: int) -> Problem: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Problem]: ...
-    def __getitem__(self, i: int | slice) -> Problem | list[Problem]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
+    def at(self, i: int) -> Problem:
         for part in self.parts:
             if i < len(part):
                 return part[i]
