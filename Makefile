@@ -45,11 +45,16 @@ help: ## this list
 train: $(TRAIN_READY) ## train with the default configuration; ARGS="--seed 1" and so on
 	$(VENV)/bin/rlcore train $(ARGS)
 
+# Triton's kernels once more, on the CPU: it chooses between its compiler and its interpreter when it is imported.
+INTERPRETED := TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile tests/kernels
+
 test: lint types ## lint, types and all tests but the long ones
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not peers" $(ARGS)
+	$(INTERPRETED) -m "not slow" $(ARGS)
 
 test-full: lint types ## the same with the long tests, then asan and tsan
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not peers" --timeout 1800 $(ARGS)
+	$(INTERPRETED) --timeout 1800 $(ARGS)
 	$(VENV)/bin/python tests/sanitizers.py address
 	$(VENV)/bin/python tests/sanitizers.py thread
 
@@ -74,6 +79,9 @@ bench-peers: $(PEERS_READY) ## time our losses beside those of TRL and Liger
 
 learn: $(TEST_READY) ## train every method with three seeds, one table; ARGS="--recipes ppo --seeds 0"
 	$(VENV)/bin/python bench/learn.py $(ARGS)
+
+static: $(TEST_READY) ## compile every GPU kernel for every target, record registers, spills and shared memory
+	$(VENV)/bin/python bench/compile_kernels.py --write $(ARGS)
 
 lint: $(TEST_READY) ## ruff, clang-format
 	$(VENV)/bin/ruff check .
@@ -140,4 +148,4 @@ define finish
 	@touch $(2)
 endef
 
-.PHONY: help train test test-full asan tsan test-peers bench bench-peers learn lint types clean torch-index
+.PHONY: help train test test-full asan tsan test-peers bench bench-peers learn static lint types clean torch-index

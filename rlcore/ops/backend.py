@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("reference", "native", "triton", "cuda")
 
@@ -69,10 +71,17 @@ def _native_state() -> str:
     return "rlcore._native was built but can not be loaded here"
 
 
+def runs_triton(x: Tensor, requested: str | None) -> bool:
+    """Whether an op on x runs in Triton: where that is asked for, and by itself on CUDA if it is live."""
+    return (requested == "triton" or (not requested and x.is_cuda)) and _triton_state() == "live"
+
+
 @functools.cache
 def _triton_state() -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "live"  # in its interpreter, for tensors of any device: what the tests use
     if not torch.cuda.is_available():
         return "no GPU that torch can use"
     return "live"

@@ -62,7 +62,7 @@ def _native_sum(x: Tensor, offsets: Tensor) -> Tensor:
 def _segment_sum(x: Tensor, offsets: Tensor, mask: Tensor | None, requested: str) -> Tensor:
     """The raw sum of each segment of x [N]: no gradient, no checks. `requested` is the backend, "" for the fastest."""
     dtype = result_dtype(x)
-    if requested in ("", "triton") and x.is_cuda and backend.backends()["triton"] == "live":
+    if backend.runs_triton(x, requested):
         from rlcore.kernels.segments import segment_sum_count  # imports triton: only where it is used
 
         return segment_sum_count(x, offsets, mask)[0]
