@@ -77,7 +77,7 @@ bench-peers: $(PEERS_READY) ## time our losses beside those of TRL and Liger
 	$(PEERS_VENV)/bin/python $(BENCH) -m peers $(ARGS)
 	$(PEERS_VENV)/bin/python bench/report.py
 
-learn: $(TEST_READY) ## train every method with three seeds, one table; ARGS="--recipes ppo --seeds 0"
+learn: $(TEST_READY) ## train every method with three seeds, one table; ARGS="--recipes ppo --seeds 0", ARGS=--draw
 	$(VENV)/bin/python bench/learn.py $(ARGS)
 
 static: $(TEST_READY) ## compile every GPU kernel for every target, record registers, spills and shared memory
