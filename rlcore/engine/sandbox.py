@@ -18,6 +18,7 @@ import resource
 import signal
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -74,7 +75,8 @@ def execute(text: str, namespace: dict[str, Any]) -> None:
 
 def run(job: dict[str, Any], given: str, work: Callable[[], None]) -> tuple[bool, str]:
     """Does `work` in a child with limits; returns whether it exited with 0, and what it printed."""
-    with open("stdin", "w+", encoding="utf-8") as source, open("stdout", "w+b") as sink:
+    # Without names: a program could put links in the place of files that the next run would then write through.
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as source, tempfile.TemporaryFile() as sink:
         source.write(given)
         source.seek(0)
         child = os.fork()
