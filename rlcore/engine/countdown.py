@@ -12,6 +12,8 @@ from typing import Any
 
 # Longer texts are no answers; Python's parser would recurse as deep as they nest.
 LONGEST = 200
+# Python's parser also takes comments, 0xA and 1_0.
+LETTERS = set("0123456789+-*/() ")
 OPERATIONS = {
     ast.Add: lambda a, b: a + b,
     ast.Sub: lambda a, b: a - b,
@@ -22,11 +24,12 @@ OPERATIONS = {
 
 def is_solution(answer: str, entry: dict[str, Any]) -> bool:
     """Whether an expression of + - * / and brackets uses exactly the entry's numbers and equals its target."""
-    if len(answer) > LONGEST:
+    answer = answer.strip()
+    if len(answer) > LONGEST or not LETTERS.issuperset(answer):
         return False
     try:
         used: list[int] = []
-        value = evaluate(ast.parse(answer.strip(), mode="eval").body, used)
+        value = evaluate(ast.parse(answer, mode="eval").body, used)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return False
     problem = entry["metadata"]

@@ -167,6 +167,8 @@ def load_file(path: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"rlcore_reward_{place.stem}", place)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # Data classes and pickles look their module up there.
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 

@@ -96,6 +96,12 @@ def test_user_functions(tmp_path, monkeypatch):
     assert score(user_file(tmp_path, of_one), ["2", "5"]).total.tolist() == [2.0, 0.0]
     of_all = "import torch\ndef f(**columns): return torch.tensor([len(c) for c in columns['prompts']])"
     assert score(user_file(tmp_path, of_all), ["2", "5"]).total.tolist() == [7.0, 7.0]
+    of_data = (
+        "from __future__ import annotations\nimport dataclasses\n"
+        "@dataclasses.dataclass\nclass Mark:\n    value: float\n"
+        "def f(response): return Mark(float(response)).value"
+    )
+    assert score(user_file(tmp_path, of_data), ["2", "5"]).total.tolist() == [2.0, 5.0]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "my_rewards_of_this_test.py").write_text("def g(responses): return [1] * len(responses)")
@@ -264,6 +270,22 @@ def test_processes_that_are_left_behind_are_killed(tmp_path):
     assert passes(program)
     # Where processes are limited there was no child to begin with.
     assert not note.exists() or not Path(f"/proc/{note.read_text()}").exists()
+
+
+def test_the_next_run_writes_through_no_link_that_a_program_left(tmp_path):
+    """The supervisor has more rights than the programs: it opens no file that they could have put there."""
+    victim = tmp_path / "victim"
+    victim.write_text("kept")
+    program = (
+        "import os\n"
+        "for name in os.listdir():\n"
+        "    os.remove(name)\n"
+        "for name in ('stdin', 'stdout'):\n"
+        f"    os.symlink({str(victim)!r}, name)\n"
+        "print(input())"
+    )
+    passes(program, cases=[["a", "a"], ["b", "b"]])
+    assert victim.read_text() == "kept"
 
 
 def test_programs_see_nothing_of_the_environment(monkeypatch):

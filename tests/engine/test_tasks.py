@@ -129,6 +129,7 @@ def test_countdown_asks_the_same_problem_on_one_side_only():
         ("2*3+4 ", True), ("(2*(3)+4)", True), ("", False), ("2*3+", False), ("2*3+4=10", False), ("2**3+4", False),
         ("9**9**9**9", False), ("__import__('os').getpid()", False), ("+".join("1" * 10**5), False), ("(" * 199, False),
         ("2/0", False), ("20/4*3-5", False), ("2*3+4.0", False), ("True*3", False),
+        ("4+3+2+4-3", False), ("2*3+4#", False), ("2*3+0x4", False), ("2*3+4\\\n", False), ("(2*3\n+4)", False),
     ],
 )  # fmt: skip
 def test_countdown_checks_answers_without_running_them(answer, right):
