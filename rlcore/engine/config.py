@@ -235,7 +235,7 @@ class KLConfig:
     adaptive_target: Annotated[float, NOT_NEGATIVE] = 0.0
     """KL per answer, in nats, that the coefficient is steered to; 0: the coefficient is fixed."""
     horizon: Annotated[int, AT_LEAST_ONE] = 10000
-    """Answers over which the coefficient adapts."""
+    """Answers over which the coefficient adapts; at least those of a step."""
 
 
 @dataclass
@@ -335,6 +335,12 @@ def validate(config: Config) -> Config:
     if config.kl.place == "none" and config.kl.adaptive_target:
         raise UserError(
             f"kl.place must be loss or reward with kl.adaptive_target = {config.kl.adaptive_target}, got 'none'"
+        )
+    answers = config.rollout.prompts * config.rollout.samples
+    if config.kl.adaptive_target and config.kl.horizon < answers:
+        raise UserError(
+            f"kl.horizon must be at least the answers of a step, rollout.prompts * rollout.samples = {answers}, got "
+            f"{config.kl.horizon}"
         )
     if config.kl.place == "loss" and config.kl.kind == "k1":
         raise UserError(

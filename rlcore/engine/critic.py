@@ -51,7 +51,12 @@ class Critic(nn.Module):
         return norm
 
 
-def explained_variance(value: Tensor, returns: Tensor) -> float:
-    """1 - var(returns - value) / var(returns): 1 where the critic knows all, 0 where it knows the mean alone."""
+def explained_variance(value: Tensor, returns: Tensor, mask: Tensor | None = None) -> float:
+    """1 - var(returns - value) / var(returns): 1 where the critic knows all, 0 where it knows the mean alone.
+
+    value, returns and mask are [N]; masked tokens do not count.
+    """
+    if mask is not None:
+        value, returns = value[mask], returns[mask]
     variance = returns.var()
     return (1 - (returns - value).var() / variance).item() if variance > 0 else 0.0

@@ -112,7 +112,7 @@ class Learner:
             return replace(batch, advantage=self.method.advantage(paid, batch)), metrics
         horizon = {"gamma": config.critic.gamma, "lam": config.critic.lam}
         returns = self.method.returns(paid, batch, **horizon)
-        metrics["critic/explained_variance"] = explained_variance(required(batch.value), returns)
+        metrics["critic/explained_variance"] = explained_variance(required(batch.value), returns, batch.mask)
         return replace(batch, advantage=self.method.advantage(paid, batch, **horizon), returns=returns), metrics
 
     def optimize(

@@ -134,6 +134,18 @@ def test_explained_variance():
     assert explained_variance(returns, torch.ones(4)) == 0
 
 
+def test_explained_variance_is_that_of_the_tokens_that_count(started):
+    """gae gives masked tokens the return 0, whatever their value."""
+    learner, rollout, reward = started("ppo", **{"rollout.overlong_filter": True})
+    rollout = dataclasses.replace(rollout, finished=torch.arange(18) % 2 == 0)
+    torch.nn.init.normal_(learner.critic.head.weight, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        batch, metrics = learner.with_advantage(learner.with_scores(rollout), reward)
+    value, returns = batch.value[batch.mask].double(), batch.returns[batch.mask].double()
+    expected = 1 - ((returns - value).var() / returns.var()).item()
+    assert not batch.mask.all() and metrics["critic/explained_variance"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_only_the_critic_learns_in_its_warm_up(started):
     learner, rollout, reward = started("ppo", **{"critic.warmup_steps": 1, "update.warmup": 0})
     before = [p.detach().clone() for p in learner.policy.model.parameters()]
@@ -215,6 +227,8 @@ def test_a_reference_at_the_start_is_at_distance_zero(tiny):
     [
         ({"kl.adaptive_target": 1.0}, "kl.place"),
         ({"kl.place": "loss", "kl.kind": "k1"}, "kl.kind"),
+        # A step that multiplies by less than 0 would turn the penalty into a reward.
+        ({"kl.place": "loss", "kl.adaptive_target": 1.0, "kl.horizon": 1023}, "kl.horizon must be at least"),
         ({"rollout.dynamic_sampling": True, "rollout.samples": 1, "method": "reinforce_pp"}, "rollout.samples"),
     ],
 )
