@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import os
 import re
 import shlex
 from pathlib import Path
@@ -14,6 +13,7 @@ from rlcore.engine.checkpoint import found
 from rlcore.engine.config import Config
 from rlcore.engine.config_file import changes, load_toml, to_toml
 from rlcore.engine.errors import Interrupted, SaveError, UserError
+from rlcore.engine.records import write_whole
 from rlcore.engine.tasks import label
 
 # What a run is: with another value it would be another run, not the rest of this one.
@@ -84,7 +84,7 @@ class RunDirectory:
 
     def write_config(self) -> None:
         """config.toml, without name and place, so that it serves other runs and a directory that was moved."""
-        self.write("config.toml", to_toml(self.config, leave_out=("name", "dir")))
+        write_whole(self.path / "config.toml", to_toml(self.config, leave_out=("name", "dir")).encode())
 
     @property
     def command(self) -> str:
@@ -94,19 +94,6 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
-
-    def write(self, name: str, text: str) -> None:
-        """Replaces a small file at once, so that a crash leaves the old one or the new one."""
-        temporary = self.path / f".{name}.tmp"
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path / name)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise SaveError(f"could not write {self.path / name}: {error.strerror}") from error
 
 
 def lock(file: Any) -> bool:
