@@ -256,10 +256,11 @@ def test_lookup_keeps_structure_and_takes_numbers():
 
 def test_value_loss():
     value = torch.tensor([1.0, 2.0, torch.nan, 4.0], dtype=torch.float64, requires_grad=True)
+    returns = torch.tensor([0.0, 2.5, torch.nan, 1.0], dtype=torch.float64, requires_grad=True)
+    old_value = torch.tensor([0.5, 2.0, torch.nan, 5.0], dtype=torch.float64, requires_grad=True)
     batch = rl.TokenBatch(
         torch.zeros(4, dtype=torch.int64), torch.tensor([0, 2, 4]), mask=torch.tensor([1, 1, 0, 1]),
-        returns=torch.tensor([0.0, 2.5, torch.nan, 1.0], dtype=torch.float64),
-        old_value=torch.tensor([0.5, 2.0, torch.nan, 5.0], dtype=torch.float64),
+        returns=returns, old_value=old_value,
     )  # fmt: skip
     loss, metrics = rl.value_loss(value, batch)
     assert loss.item() == pytest.approx(0.5 * (1 + 0.25 + 9) / 3)
@@ -271,6 +272,7 @@ def test_value_loss():
     assert float(metrics["value_mean"]) == pytest.approx(7 / 3)
     loss.backward()
     assert value.grad.tolist() == pytest.approx([1 / 3, -0.5 / 3, 0, 0])
+    assert returns.grad is None and old_value.grad is None
     parts = [rl.value_loss(value[p.rows], p, clip=0.2)[0] for p in batch.split(2)]
     torch.testing.assert_close(sum(parts), loss)
     with pytest.raises(ValueError, match=r"batch\.returns"):

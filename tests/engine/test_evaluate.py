@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlcore.cli import main
-from rlcore.engine.config import Config, EvalConfig
+from rlcore.engine.config import Config, EvalConfig, RolloutConfig
 from rlcore.engine.eval_run import chosen
 from rlcore.engine.evaluate import Evaluation, answer_entropy, majority, measure, pass_at, powers_of_two
 from rlcore.engine.records import read
@@ -98,14 +98,18 @@ def test_greedy_is_the_likeliest_token(small):
         assert texts == [tokenizer.decode(answer, skip_special_tokens=True)] and lengths == [len(answer)]
 
 
-def test_temperature_reaches_the_sampler(small, monkeypatch):
+def test_what_reaches_the_sampler(small, monkeypatch):
+    """Temperature and length of the config; other random numbers for every batch and seed, the same for every call."""
     model, tokenizer, task = small
     seen = []
-    monkeypatch.setattr(
-        "rlcore.engine.rollout.sample", lambda *args, **kw: (seen.append(kw["temperature"]), sample(*args, **kw))[1]
-    )
-    measure(model, tokenizer, task, task.held_out[:2], Config(eval=EvalConfig(temperature=0.3)), torch.device("cpu"))
-    assert seen == [0.3]
+    monkeypatch.setattr("rlcore.engine.rollout.sample", lambda *args, **kw: (seen.append(kw), sample(*args, **kw))[1])
+    settings = EvalConfig(temperature=0.3, batch=1), RolloutConfig(max_new_tokens=3)
+    for seed in (0, 0, 1):
+        config = Config(seed=seed, eval=settings[0], rollout=settings[1])
+        measure(model, tokenizer, task, task.held_out[:2], config, torch.device("cpu"))
+    assert {(call["temperature"], call["max_new_tokens"]) for call in seen} == {(0.3, 3)}
+    seeds = [call["generator"].initial_seed() for call in seen]
+    assert seeds[:2] == seeds[2:4] and len(set(seeds)) == 4
 
 
 def result_of(run: Path, step: int) -> dict:

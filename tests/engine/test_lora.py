@@ -120,6 +120,14 @@ def test_an_adapter_on_the_head_runs_padded(small):
     assert {name.split(".lora_")[0].rpartition(".")[2] for name in found} == {"q_proj", "lm_head"}
 
 
+def test_adapters_are_scaled_by_alpha_over_rank(small):
+    model = adapted(small, lora_alpha=6.0)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters() if "layers.1.mlp.up_proj" in name}
+    a, b, before = (next(x for name, x in weights.items() if part in name) for part in ("lora_A", "lora_B", "base"))
+    after = lora.merged(model).model.layers[1].mlp.up_proj.weight
+    torch.testing.assert_close(after - before, 6.0 / 4 * b @ a, rtol=1e-4, atol=1e-6)
+
+
 def test_targets_that_do_not_exist(small):
     with pytest.raises(UserError, match=r"model\.lora_targets: 'nowhere'"):
         lora.add(copy.deepcopy(small[0]), ModelConfig(lora_rank=4, lora_targets="nowhere"), 0)

@@ -138,6 +138,20 @@ def test_empty_and_masked_rows_change_no_other_answer(key):
     torch.testing.assert_close(method.advantage(in_rows, padded)[inside], advantage)
 
 
+def test_masked_tokens_are_no_steps_of_ppo():
+    """The next value of a token is that of the next unmasked one: as if the masked rows were not there."""
+    ids, value = torch.zeros(7, dtype=torch.int64), torch.tensor([0.5, 9.0, -0.25, 1.0, 9.0, 9.0, 0.75])
+    keep = torch.tensor([1, 0, 1, 1, 0, 0, 1]).bool()
+    masked = TokenBatch(ids, torch.tensor([0, 3, 7]), mask=keep, value=value)
+    without = TokenBatch(ids[keep], torch.tensor([0, 2, 4]), value=value[keep])
+    reward = torch.tensor([0.0, 9.0, 1.0, 0.25, 9.0, 9.0, -1.0])
+    method, horizon = methods()["ppo"], {"gamma": 0.9, "lam": 0.5}
+    for function in (method.advantage, method.returns):
+        torch.testing.assert_close(
+            function(reward, masked, **horizon)[keep], function(reward[keep], without, **horizon)
+        )
+
+
 @pytest.mark.parametrize("key", [key for key, method in methods().items() if "groups" in method.needs])
 def test_a_missing_group_is_named(key):
     with pytest.raises(ValueError, match=r"batch\.group: needed"):

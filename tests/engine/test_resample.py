@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 
@@ -16,7 +16,11 @@ def rollout_of(small, start: int, count: int, name: str) -> Rollout:
     model, tokenizer, task = small
     problems = task.train[start : start + count]
     config = RolloutConfig(samples=3, max_new_tokens=5)
-    return roll_out(model, tokenizer, task, problems, config, generator(name))
+    rollout = roll_out(model, tokenizer, task, problems, config, generator(name))
+    # A model with random weights is never right: what all answers have alike would not show where it comes from.
+    score = torch.rand(3 * count, generator=generator(name, "score"))
+    channels = {"a": score + 1, "b": score + 2}
+    return replace(rollout, reward=score, correct=score > 0.5, finished=score < 0.3, channels=channels, failures=[name])
 
 
 def group_of(rollout: Rollout, g: int) -> dict:
@@ -30,6 +34,8 @@ def group_of(rollout: Rollout, g: int) -> dict:
         "texts": rollout.texts[answers],
         "reward": rollout.reward[answers].tolist(),
         "finished": rollout.finished[answers].tolist(),
+        "correct": rollout.correct[answers].tolist(),
+        "channels": {name: score[answers].tolist() for name, score in rollout.channels.items()},
         "lengths": rollout.batch.lengths()[answers].tolist(),
         "target": rollout.batch.target[rows].tolist(),
         "model_logp": rollout.model_logp[rows].tolist(),
@@ -44,6 +50,7 @@ def test_groups_are_replaced_in_their_places(small):
     assert [group_of(mixed, g) for g in range(4)] == expected
     assert mixed.batch.group.tolist() == [g for g in range(4) for _ in range(3)]
     assert mixed.batch.totals.tokens == mixed.batch.N
+    assert mixed.failures == ["first", "second"] and mixed.scoring == first.scoring + second.scoring
     # What has one entry per answer in one rollout has it in the other: no field was forgotten.
     for item in fields(Rollout):
         x = getattr(first, item.name)
@@ -73,6 +80,8 @@ def test_dead_groups_are_drawn_again_until_none_is_left(small):
     assert asked == [(1, 2), (2, 1)]
     expected = [group_of(rounds[2], 0), group_of(start, 1), group_of(rounds[1], 1)]
     assert [group_of(full, g) for g in range(3)] == expected
+    drawn = [ids for fresh in rounds.values() for ids in [*fresh.prompts, *(a for g in fresh.responses for a in g)]]
+    assert metrics["tokens"] == sum(map(len, drawn))
     assert (metrics["resample/rounds"], metrics["resample/replaced"], metrics["resample/without_signal"]) == (2, 3, 0)
     asked.clear()
     left, metrics = fill_up(start, draw, rounds=1)
