@@ -7,7 +7,10 @@ TRITON_INTERPRET=1 pytest tests/kernels.
 import pytest
 import torch
 
-from interpreter import INTERPRETED
+from interpreter import INTERPRETED, bfloat16_as_on_a_gpu
+
+if INTERPRETED:
+    bfloat16_as_on_a_gpu()
 
 
 @pytest.fixture
