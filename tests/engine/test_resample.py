@@ -6,10 +6,12 @@ from dataclasses import fields, replace
 
 import torch
 
-from rlcore.engine.config import RolloutConfig
+from rlcore.engine.config import Config, RolloutConfig
 from rlcore.engine.resample import fill_up, with_groups, without_signal
+from rlcore.engine.resolve import with_keys
 from rlcore.engine.rollout import Rollout, roll_out
 from rlcore.engine.seeding import generator
+from rlcore.engine.trainer import answers_of_step
 
 
 def rollout_of(small, start: int, count: int, name: str) -> Rollout:
@@ -87,3 +89,16 @@ def test_dead_groups_are_drawn_again_until_none_is_left(small):
     left, metrics = fill_up(start, draw, rounds=1)
     assert asked == [(1, 2)] and without_signal(left).tolist() == [True, False, False]
     assert metrics["resample/without_signal"] == torch.tensor(1 / 3).item()
+
+
+def test_replacements_are_other_problems(small):
+    """A model with random weights is never right, so every round replaces all groups."""
+    config = with_keys(Config(), {
+        "rollout.prompts": 8, "rollout.samples": 2, "rollout.max_new_tokens": 2, "rollout.dynamic_sampling": True,
+        "rollout.max_resample": 2,
+    })  # fmt: skip
+    rollout, metrics = answers_of_step(*small, config, 1)
+    assert metrics["resample/rounds"] == 2 and metrics["resample/replaced"] == 16
+    own = {problem.prompt for problem in small[2].prompts(0, 8, config.seed)}
+    assert len(own & {problem.prompt for problem in rollout.problems}) <= 1
+    assert metrics["sampled_tokens"] > 2 * (sum(map(len, rollout.prompts)) + rollout.batch.N)

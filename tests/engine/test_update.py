@@ -24,7 +24,7 @@ from rlcore.engine.rollout import roll_out
 from rlcore.engine.seeding import generator
 from rlcore.engine.timing import Stopwatch
 from rlcore.engine.trainer import train
-from rlcore.engine.update import Learner
+from rlcore.engine.update import Learner, over_steps
 from rlcore.layout import TokenBatch, per_token
 from rlcore.methods import methods
 
@@ -157,6 +157,39 @@ def test_only_the_critic_learns_in_its_warm_up(started):
     assert metrics["policy/grad_norm"] > 0
 
 
+# ---- settings and passes
+
+
+def test_optimizers_and_objective_take_their_settings(started):
+    keys = {"update.lr": 2e-3, "update.beta1": 0.7, "update.beta2": 0.8, "update.weight_decay": 0.1, "update.warmup": 4}
+    learner, rollout, reward = started("ppo", **keys, **{"critic.lr": 1e-3, "update.clip_high": 0.3})
+    learner.learn(rollout, reward, 1, Stopwatch())
+    for optimizer, lr in ((learner.optimizer, 5e-4), (learner.critic.optimizer, 2.5e-4)):
+        group = optimizer.param_groups[0]
+        assert (group["betas"], group["weight_decay"]) == ((0.7, 0.8), 0.1) and group["lr"] == pytest.approx(lr)
+    for keys, bounds in (({"update.clip_high": 0.3}, (0.2, 0.3)), ({"update.clip_low": 0.1}, (0.1, 0.28))):
+        numbers = started("ppo" if bounds[0] == 0.2 else "dapo", **keys)[0].objective().numbers
+        assert (numbers.clip_low.item(), numbers.clip_high.item()) == pytest.approx(bounds)
+
+
+def test_every_pass_deals_the_prompts_anew(started, monkeypatch):
+    dealt: list = []
+    monkeypatch.setattr(Learner, "policy_step", lambda self, rollout, part, groups, *rest: dealt.append(groups) or {})
+    learner, rollout, reward = started("grpo", **{"update.epochs": 2, "update.minibatches": 2})
+    for step in (1, 2):
+        learner.learn(rollout, reward, step, Stopwatch())
+    passes = [dealt[i] + dealt[i + 1] for i in range(0, 8, 2)]
+    assert all(sorted(order) == list(range(6)) for order in passes) and len({*map(tuple, passes)}) == 4
+
+
+def test_metrics_over_several_steps():
+    steps = [
+        {"loss": torch.tensor(a), "tokens": torch.tensor(b), "ratio_max": torch.tensor(c), "ratio_min": torch.tensor(c)}
+        for a, b, c in ((1.0, 3.0, 2.0), (2.0, 5.0, 1.5))
+    ]
+    assert over_steps(steps) == {"loss": 1.5, "tokens": 8.0, "ratio_max": 2.0, "ratio_min": 1.5}
+
+
 # ---- KL to the reference
 
 
@@ -207,6 +240,16 @@ def test_the_coefficient_adapts(started, small):
     assert first["kl/coef"] == 0.1 and learner.kl_coef == pytest.approx(0.1 * (1 + 0.2 * 18 / 90))
     _, second = learner.learn(rollout, reward, 2, Stopwatch())
     assert second["kl/coef"] == pytest.approx(0.104)
+    learner = started("grpo", other_model(small), **{**keys, "kl.place": "loss"})[0]
+    learner.kl_coef = 0.3
+    assert learner.objective().kl.coef == 0.3
+
+
+def test_a_bfloat16_policy_starts_at_its_reference(tiny):
+    """Both compute in bfloat16: in float32 the reference would be some rounding away."""
+    config = tiny(steps=1, model__dtype="bfloat16", kl__place="loss", update__layout="padded")
+    train(config)
+    assert metrics_of(config)[1]["kl/answer"] == 0
 
 
 def test_a_reference_at_the_start_is_at_distance_zero(tiny):
