@@ -1,9 +1,9 @@
 """What the methods learn: `python bench/learn.py`, or `make learn`, trains each file of bench/learning/ with each seed.
 
-Writes bench/results/learning.json, .md and .png: held-out accuracy before and after, its rise, minutes; and
-docs/algorithms/RECIPE.png, the curves of each recipe. Runs are kept under runs/learning; a second start goes on with
-what is unfinished and repeats nothing that is finished. What the table has of other recipes and seeds stays in it.
-`--draw` makes table and pictures from learning.json alone.
+Writes bench/results/learning.json, .md and .png: held-out accuracy before and after, its rise, minutes, the loop's
+own time; and docs/algorithms/RECIPE.png, the curves of each recipe. Runs are kept under runs/learning; a second start
+goes on with what is unfinished and repeats nothing that is finished. What the table has of other recipes and seeds
+stays in it. `--draw` makes table and pictures from learning.json alone.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from measure import environment
 
 from rlcore.engine.config_file import load_toml
+from rlcore.engine.timing import own_share
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "bench" / "learning"
@@ -49,7 +50,7 @@ OTHER_TASKS = {"countdown": Asked(0.0, 0.20, 15.0)}
 
 class Outcome(NamedTuple):
     """One finished run: held-out accuracy by step, mean reward of steps 1, 2, ..., the minutes that its steps and
-    evaluations took, its threads and how many runs there were side by side."""
+    evaluations took, its threads, how many runs there were side by side, and the loop's own share of a step."""
 
     recipe: str
     seed: int
@@ -58,6 +59,7 @@ class Outcome(NamedTuple):
     minutes: float
     threads: int
     jobs: int = 1
+    own: float | None = None  # not in files of earlier versions
 
     @property
     def before(self) -> float:
@@ -115,6 +117,7 @@ def train(recipe: str, seed: int, directory: Path, threads: int = 0, jobs: int =
         minutes=round(sum(line.get("time/step", 0.0) + line.get("time/eval", 0.0) for line in lines) / 60, 2),
         threads=load_toml(run / "config.toml").threads or 1,
         jobs=int((run / "done").read_text()),
+        own=round(own_share(lines), 4),
     )
 
 
@@ -125,15 +128,18 @@ def by_recipe(outcomes: list[Outcome]) -> dict[str, list[Outcome]]:
 def table(outcomes: list[Outcome]) -> str:
     """One line per recipe, seeds side by side."""
     seeds = sorted({o.seed for o in outcomes})
-    head = ["recipe", *(f"seed {seed}" for seed in seeds), "mean rise", "minutes", "runs x threads", "asked", "verdict"]
+    head = ["recipe", *(f"seed {seed}" for seed in seeds), "mean rise", "minutes", "own time"]
+    head += ["runs x threads", "asked", "verdict"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for recipe, own in by_recipe(outcomes).items():
+        shares = [o.own for o in own if o.own is not None]
         shown = {o.seed: f"{o.before:.1%} -> {o.after:.1%}" for o in own}
         cells = [
             recipe,
             *(shown.get(seed, "") for seed in seeds),
             f"{100 * mean(o.after - o.before for o in own):+.1f} points",
             f"{max(o.minutes for o in own):.1f}",
+            f"{max(shares):.1%}" if shares else "",
             ", ".join(sorted({f"{o.jobs} x {o.threads}" for o in own})),
             str(own[0].asked),
             "met" if all(o.met for o in own) else "MISSED",
@@ -203,7 +209,8 @@ def write(outcomes: list[Outcome], here: dict[str, Any], results: Path, pictures
     facts = ", ".join(f"{name} {value}" for name, value in here.items())
     (results / "learning.md").write_text(
         f"# What the methods learn\n\n{facts}.\n\nHeld-out accuracy before and after. Asked: of every seed. Minutes: "
-        f"steps and evaluations of the slowest seed, with so many runs side by side and so many threads each.\n\n"
+        f"steps and evaluations of the slowest seed, with so many runs side by side and so many threads each. Own "
+        "time: the median share of a step beside rollout, reward, forward, backward and optimizer; largest seed.\n\n"
         f"{table(outcomes)}\n\n![held-out accuracy over steps](learning.png)\n"
     )
     overview(outcomes, results / "learning.png")

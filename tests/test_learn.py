@@ -48,7 +48,7 @@ def learn(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def outcome(
     learn: ModuleType, accuracy: dict[int, float], recipe: str = "a", seed: int = 1, minutes: float = 2.0
 ) -> Any:
-    return learn.Outcome(recipe, seed, accuracy, [0.5] * max(accuracy), minutes, threads=1, jobs=2)
+    return learn.Outcome(recipe, seed, accuracy, [0.5] * max(accuracy), minutes, threads=1, jobs=2, own=0.0149)
 
 
 def test_a_recipe_meets_what_is_asked_with_every_seed_or_not_at_all(learn: ModuleType) -> None:
@@ -59,7 +59,7 @@ def test_a_recipe_meets_what_is_asked_with_every_seed_or_not_at_all(learn: Modul
     worse = outcome(learn, {0: 0.40, 20: 0.50}, minutes=3.0)
     (row,) = learn.table([good, worse]).splitlines()[2:]
     assert row == (
-        "| a | 40.0% -> 90.0% | 40.0% -> 50.0% | +30.0 points | 3.0 | 2 x 1 | 75%, +30 points | MISSED |"
+        "| a | 40.0% -> 90.0% | 40.0% -> 50.0% | +30.0 points | 3.0 | 1.5% | 2 x 1 | 75%, +30 points | MISSED |"
     )
     assert " met " in learn.table([good]).splitlines()[2]
 
@@ -71,7 +71,7 @@ def test_another_task_has_its_own_target_and_its_own_seeds(learn: ModuleType) ->
     assert not outcome(learn, {0: 0.30, 20: 0.49}, "countdown").met
     assert not outcome(learn, {0: 0.30, 20: 0.60}, "countdown", minutes=15.1).met
     row = learn.table([*usual, other]).splitlines()[3]
-    assert row == "| countdown | 30.0% -> 51.0% |  | +21.0 points | 14.0 | 2 x 1 | +20 points in 15 min | met |"
+    assert row == "| countdown | 30.0% -> 51.0% |  | +21.0 points | 14.0 | 1.5% | 2 x 1 | +20 points in 15 min | met |"
 
 
 def test_the_table_keeps_other_recipes_and_is_drawn_again_from_its_file(
@@ -104,6 +104,7 @@ def test_an_interrupted_start_goes_on_and_what_is_finished_stays(
     runs = tmp_path / "runs"
     first = learn.train("tiny", 0, runs)
     assert sorted(first.accuracy) == [0, 1, 2] and len(first.reward) == 2
+    assert first.own is not None and 0 < first.own < 1
 
     commands = []
     real = subprocess.run

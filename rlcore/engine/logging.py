@@ -10,18 +10,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from rlcore.engine.errors import SaveError
 from rlcore.engine.plot import Curves, draw, picture
 from rlcore.engine.records import cut, read, write_whole
-from rlcore.engine.rollout import Rollout
-from rlcore.engine.samples import Seen, line
 from rlcore.engine.screen import Screen
 from rlcore.engine.trackers import Tracker
 
@@ -97,17 +93,14 @@ class RunLog:
             self.metrics.flush()
             for key, value in record.items():
                 self.board.add_scalar(key, value, step)
-        if "eval/accuracy" in record and time.monotonic() > self.drawn + self.redraw:
-            self.curves()
         self.screen.step(step, record)
         for tracker in self.trackers:
             tracker.log(step, record)
 
-    def answers(self, step: int, rollout: Rollout, advantage: Tensor, seen: list[Seen]) -> None:
-        """Writes the first answers of a step, those that `look` has seen, with the advantages [N] of all tokens."""
+    def answers(self, lines: Iterable[str]) -> None:
+        """Writes answers of a step."""
         with self.writing():
-            for s, one in enumerate(seen):
-                self.samples.write(line(step, rollout, s, advantage, one))
+            self.samples.writelines(lines)
             self.samples.flush()
 
     def sync(self) -> None:
@@ -125,6 +118,11 @@ class RunLog:
         after = f"{accuracy[max(accuracy)]:.1%}" if accuracy else "unknown"
         self.say(f"held-out accuracy: {before} before, {after} after")
         self.say(f"curves: {self.directory / 'curves.png'}")
+
+    def refresh(self) -> None:
+        """Draws the curves again where the last drawing is old enough."""
+        if time.monotonic() > self.drawn + self.redraw:
+            self.curves()
 
     def curves(self) -> None:
         """Draws curves.png from metrics.jsonl."""

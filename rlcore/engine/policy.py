@@ -57,24 +57,20 @@ class Policy:
         out = rl.logprob(self._logits(prompts, responses), batch.target, self.temperature, entropy=True)
         return rl.policy_loss(out.logp, batch, objective, entropy=out.entropy)
 
-    @torch.no_grad()
-    @forward_pass
     def logp(self, prompts: Prompts, responses: Responses, batch: rl.TokenBatch) -> Tensor:
         """Log-probs [N] of the answers' tokens, without gradient."""
-        if self.layout == "tree":
-            hidden = rl.trunk(self.model, answer_tree(prompts, responses, self.device))
-            return rl.linear_logprob(hidden, target=batch.target, **self._head()).logp
-        return rl.logprob(self._logits(prompts, responses), batch.target, self.temperature).logp
+        return self.scores(prompts, responses, batch).logp
 
     @torch.no_grad()
     @forward_pass
-    def scores(self, prompts: Prompts, responses: Responses) -> rl.LogProbs:
-        """Log-probs [N] of the answers' tokens and the entropies [N] of what they were drawn from, without gradient."""
-        target = torch.tensor([token for group in responses for ids in group for token in ids], device=self.device)
+    def scores(
+        self, prompts: Prompts, responses: Responses, batch: rl.TokenBatch, entropy: bool = False
+    ) -> rl.LogProbs:
+        """Log-probs [N] of the answers' tokens, and the entropies [N] of their distributions, without gradient."""
         if self.layout == "tree":
             hidden = rl.trunk(self.model, answer_tree(prompts, responses, self.device))
-            return rl.linear_logprob(hidden, target=target, entropy=True, **self._head())
-        return rl.logprob(self._logits(prompts, responses), target, self.temperature, entropy=True)
+            return rl.linear_logprob(hidden, target=batch.target, entropy=entropy, **self._head())
+        return rl.logprob(self._logits(prompts, responses), batch.target, self.temperature, entropy=entropy)
 
     @forward_pass
     def hidden(self, prompts: Prompts, responses: Responses) -> Tensor:

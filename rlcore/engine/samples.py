@@ -9,37 +9,35 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rlcore.engine.policy import Policy
 from rlcore.engine.rollout import Rollout
 
 
-@dataclass(frozen=True)
-class Seen:
-    """How the policy saw an answer when it gave it: per token its text, log-prob and entropy (nats)."""
+class Seen(NamedTuple):
+    """How a step saw the N tokens of its rollout: log-prob and entropy (nats) before the update, and advantage."""
 
-    tokens: list[str]
-    logp: list[float]
-    entropy: list[float]
+    logp: Tensor  # [N]
+    entropy: Tensor  # [N]
+    advantage: Tensor  # [N]
 
 
-def look(policy: Policy, tokenizer: Any, rollout: Rollout, count: int) -> list[Seen]:
-    """The first `count` answers of a rollout as the policy sees them now: to be called before its update."""
-    seen: list[Seen] = []
-    for prompt, group in zip(rollout.prompts, rollout.responses):
-        answers = group[: count - len(seen)]
-        if not answers:
-            break
-        scores = policy.scores([prompt], [answers])
-        assert scores.entropy is not None
-        lengths = [len(ids) for ids in answers]
-        for ids, logp, entropy in zip(answers, scores.logp.split(lengths), scores.entropy.split(lengths)):
-            seen.append(Seen(pieces(tokenizer, ids), numbers(logp), numbers(entropy)))
-    return seen
+def lines(step: int, rollout: Rollout, seen: Seen, tokenizer: Any, count: int) -> Iterator[str]:
+    """The first `count` answers of a step as lines of samples.jsonl."""
+    assert rollout.batch.offsets is not None
+    each = len(rollout.texts) // len(rollout.problems)
+    offsets = rollout.batch.offsets[: count + 1].tolist()
+    answers = chain.from_iterable(rollout.responses)
+    for s, (ids, start, stop) in enumerate(zip(answers, offsets, offsets[1:])):
+        problem, reward = rollout.problems[s // each], float(rollout.reward[s])
+        record = {"step": step, "prompt": problem.prompt, "answer": rollout.texts[s], "reference": problem.answer}
+        record |= {"reward": reward if math.isfinite(reward) else None, "tokens": pieces(tokenizer, ids)}
+        record |= {name: numbers(x[start:stop]) for name, x in seen._asdict().items()}
+        yield json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
@@ -52,18 +50,6 @@ def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
     pairs = tokenizer.batch_decode([list(pair) for pair in zip(ids, ids[1:])])
     rest = [pair.removeprefix(a) if pair.startswith(a) else b for a, b, pair in zip(alone, alone[1:], pairs)]
     return alone[:1] + rest
-
-
-def line(step: int, rollout: Rollout, s: int, advantage: Tensor, seen: Seen) -> str:
-    """Answer s of a step as a line of samples.jsonl; advantage [N] is that of the whole rollout."""
-    assert rollout.batch.offsets is not None
-    problem = rollout.problems[s // (len(rollout.texts) // len(rollout.problems))]
-    start, stop = rollout.batch.offsets[s : s + 2].tolist()
-    reward = float(rollout.reward[s])
-    record = {"step": step, "prompt": problem.prompt, "answer": rollout.texts[s], "reference": problem.answer}
-    record |= {"reward": reward if math.isfinite(reward) else None, "tokens": seen.tokens, "logp": seen.logp}
-    record |= {"entropy": seen.entropy, "advantage": numbers(advantage[start:stop])}
-    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def numbers(x: Tensor) -> list[Any]:

@@ -31,7 +31,7 @@ from rlcore.engine.reference import load_reference
 from rlcore.engine.resample import fill_up, token_count, without_signal
 from rlcore.engine.rollout import Rollout, roll_out
 from rlcore.engine.run import RunDirectory
-from rlcore.engine.samples import look
+from rlcore.engine.samples import lines
 from rlcore.engine.seeding import generator, permutation, seed_of
 from rlcore.engine.tasks import Task
 from rlcore.engine.timing import Stopwatch
@@ -67,11 +67,12 @@ def train(config: Config, resume: bool = False) -> None:
 
         with RunLog(run.path, first_step, config.steps, tracked) as log, StopSignal() as stop:
             log.say(introduction(config, policy, task, run, first_step))
+            writing = 0.0  # seconds that the metrics of the last step took to write: they count in the next
             # Step 0 is the evaluation before any training.
             for step in range(first_step, config.steps + 1):
                 record: dict[str, float] = {}
                 if step > 0:
-                    clock = Stopwatch()
+                    clock = Stopwatch(log=writing)
                     with clock("rollout"):
                         rollout, record = answers_of_step(model, tokenizer, task, config, step)
                     for failure in rollout.failures[:3]:
@@ -80,19 +81,23 @@ def train(config: Config, resume: bool = False) -> None:
                     reward = rollout.reward
                     if config.shuffle_rewards:
                         reward = reward[permutation(len(reward), config.seed, "shuffle", step)]
-                    with clock("look"):
-                        seen = look(policy, tokenizer, rollout, config.log_samples)
-                    advantage, metrics = learner.learn(rollout, reward, step, clock)
-                    log.answers(step, rollout, advantage, seen)
+                    seen, metrics = learner.learn(rollout, reward, step, clock)
+                    with clock("log"):
+                        log.answers(lines(step, rollout, seen, tokenizer, config.log_samples))
                     record |= {**metrics, **clock.metrics()}
                     record["time/tokens_per_s"] = record["sampled_tokens"] / record["time/step"]
 
-                if is_due(step, config.eval.every, config.steps) or step == 0:
+                evaluating = is_due(step, config.eval.every, config.steps) or step == 0
+                if evaluating:
                     start = time.perf_counter()
                     with learner.evaluated():
                         record |= evaluate(model, tokenizer, task, config, device)
                     record["time/eval"] = time.perf_counter() - start
+                start = time.perf_counter()
                 log.step(step, record)
+                writing = time.perf_counter() - start
+                if evaluating:
+                    log.refresh()
 
                 stopping = stop.requested and step < config.steps
                 if is_due(step, config.checkpoint_every, config.steps) or step == 0 or stopping:

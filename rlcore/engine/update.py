@@ -24,6 +24,7 @@ from rlcore.engine.critic import Critic, explained_variance
 from rlcore.engine.policy import Policy, Prompts, Responses
 from rlcore.engine.reference import Reference
 from rlcore.engine.rollout import Rollout, take
+from rlcore.engine.samples import Seen
 from rlcore.engine.schedule import MovingAverage, learning_rate
 from rlcore.engine.seeding import permutation
 from rlcore.engine.shaping import at_last_token, length_penalty, next_coefficient
@@ -57,15 +58,16 @@ class Learner:
             changes["length"] = self.config.rollout.max_new_tokens
         return self.method.objective(**changes)
 
-    def learn(self, rollout: Rollout, reward: Tensor, step: int, clock: Stopwatch) -> tuple[Tensor, dict[str, float]]:
-        """The optimizer steps on one rollout with rewards [S]; returns its advantages [N] and the metrics of a step."""
+    def learn(self, rollout: Rollout, reward: Tensor, step: int, clock: Stopwatch) -> tuple[Seen, dict[str, float]]:
+        """The optimizer steps on one rollout with rewards [S]; returns how they saw its tokens, and metrics."""
         objective = self.objective()
         with clock("forward_backward"):
-            batch = self.with_scores(rollout)
+            batch, entropy = self.with_scores(rollout)
         batch, metrics = self.with_advantage(batch, reward)
         metrics |= self.optimize(rollout, batch, objective, step, clock)
-        mismatch = (required(batch.old_logp) - rollout.model_logp).abs()
-        return required(batch.advantage), {
+        old_logp = required(batch.old_logp)
+        mismatch = (old_logp - rollout.model_logp).abs()
+        return Seen(old_logp, entropy, required(batch.advantage)), {
             **metrics,
             "mismatch_max": mismatch.max().item(),
             "mismatch_mean": mismatch.mean().item(),
@@ -73,22 +75,25 @@ class Learner:
         }
 
     @torch.no_grad()
-    def with_scores(self, rollout: Rollout) -> rl.TokenBatch:
+    def with_scores(self, rollout: Rollout) -> tuple[rl.TokenBatch, Tensor]:
         """The rollout's tokens with what the models say of them before the update: old_logp, ref_logp and value, [N].
+
+        Beside it the policy's entropies [N], which are logged.
 
         The sampler's own log-probs differ from old_logp in the last digits (a KV cache, other shapes): ratios to these
         start at exactly 1, and the difference is logged.
         """
         config, batch = self.config, rollout.batch
         parts = list(micro_batches(rollout, batch, range(len(rollout.prompts)), config))
-        scores: dict[str, Any] = {"old_logp": torch.cat([self.policy.logp(*part) for part in parts])}
+        seen = [self.policy.scores(*part, entropy=True) for part in parts]
+        scores: dict[str, Any] = {"old_logp": torch.cat([one.logp for one in seen])}
         if self.reference is not None:
             scores["ref_logp"] = torch.cat([self.reference.logp(*part) for part in parts])
         if self.critic is not None:
             value = torch.cat([self.critic(prompts, responses) for prompts, responses, _ in parts])
             scores |= {"value": value, "old_value": value}
         mask = rl.per_token(rollout.finished, batch) if config.rollout.overlong_filter else batch.mask
-        return replace(batch, **scores, mask=mask)
+        return replace(batch, **scores, mask=mask), torch.cat([required(one.entropy) for one in seen])
 
     def with_advantage(self, batch: rl.TokenBatch, reward: Tensor) -> tuple[rl.TokenBatch, dict[str, float]]:
         """The batch with `advantage` [N], and `returns` [N] where there is a critic; the metrics of what was paid."""

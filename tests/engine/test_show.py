@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import json
@@ -13,16 +14,19 @@ import pytest
 import torch
 from rich.console import Console
 
+import rlcore as rl
 from rlcore.cli import main
-from rlcore.engine.config import RolloutConfig
+from rlcore.engine.config import Config, RolloutConfig, UpdateConfig
 from rlcore.engine.policy import Policy
 from rlcore.engine.records import read
 from rlcore.engine.rollout import roll_out
-from rlcore.engine.samples import line, look, pieces
+from rlcore.engine.samples import lines, pieces
 from rlcore.engine.seeding import generator
 from rlcore.engine.show import MEASURES, Show, choose, colour, load, visible
 from rlcore.engine.show_html import page
 from rlcore.engine.show_terminal import print_samples
+from rlcore.engine.timing import Stopwatch
+from rlcore.engine.update import Learner
 
 EVIL = "<script>alert(1)</script>\x1b[2J\x1b]0;owned\x07\x9b31m[bold]\u202e&amp;\r\ndone\ud800"
 
@@ -41,27 +45,33 @@ def record(step: int, reward: float | None = 1.0, answer: str = "42", **changes)
 
 @pytest.mark.parametrize("layout", ["tree", "padded"])
 def test_logged_values_are_those_of_the_model(small, layout):
-    """Log-prob and entropy of every token from the logits of one answer at a time, at the rollout's temperature."""
+    """Log-prob and entropy of every token from the logits of one answer at a time, at the rollout's temperature.
+
+    They are those before the update, here of a learning rate that changes them beyond recognition.
+    """
     model, tokenizer, task = small
     temperature = 0.7
-    config = RolloutConfig(samples=3, temperature=temperature)
-    rollout = roll_out(model, tokenizer, task, task.held_out[:2], config, generator(0))
-    advantage = torch.arange(float(rollout.batch.N))
-    seen = look(Policy(model, tokenizer.pad_token_id, layout, temperature), tokenizer, rollout, 5)
-    assert len(seen) == 5
-    for s, one in enumerate(seen):
+    rollout_config = RolloutConfig(samples=3, temperature=temperature)
+    rollout = roll_out(model, tokenizer, task, task.held_out[:2], rollout_config, generator(0))
+    config = Config(rollout=rollout_config, update=UpdateConfig(lr=0.1, warmup=0, micro_tokens=16, minibatches=1))
+    policy = Policy(copy.deepcopy(model), tokenizer.pad_token_id, layout, temperature)
+    reward = torch.arange(6.0)
+    seen, _ = Learner(config, rl.methods()["grpo"], policy, None).learn(rollout, reward, 1, Stopwatch())
+    logged = list(lines(7, rollout, seen, tokenizer, 5))
+    assert len(logged) == 5
+    advantage = rl.group_advantage(reward, rollout.batch.group)
+    for s, one in enumerate(logged):
         prompt, answer = rollout.prompts[s // 3], rollout.responses[s // 3][s % 3]
         with torch.no_grad():
             logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
         logp = (logits / temperature).log_softmax(-1)
-        got = json.loads(line(7, rollout, s, advantage, one))
+        got = json.loads(one)
         assert got["logp"] == pytest.approx(logp[range(len(answer)), answer].tolist(), abs=2e-4)
         assert got["entropy"] == pytest.approx((-(logp.exp() * logp).sum(-1)).tolist(), abs=2e-4)
-        start, stop = rollout.batch.offsets[s : s + 2].tolist()
-        assert got["advantage"] == list(range(start, stop))
+        assert got["advantage"] == pytest.approx([advantage[s].item()] * len(answer), abs=1e-4)
         assert got["tokens"] == [tokenizer.decode([token]) for token in answer]
         assert got["answer"] == rollout.texts[s] and got["step"] == 7 and got["reward"] == rollout.reward[s]
-    assert look(Policy(model, 0), tokenizer, rollout, 0) == []
+    assert list(lines(7, rollout, seen, tokenizer, 0)) == []
 
 
 def test_pieces_keep_spaces_that_a_lone_token_loses():
@@ -77,11 +87,11 @@ def test_pieces_keep_spaces_that_a_lone_token_loses():
 
 def test_entropy_is_that_before_the_update(finished):
     """A run's log-probs are the sampler's at the same weights; after the update they would be others."""
-    lines = read(finished / "samples.jsonl")
-    assert {len(r["tokens"]) == len(r["logp"]) == len(r["entropy"]) == len(r["advantage"]) for r in lines} == {True}
-    assert all("".join(r["tokens"]).removesuffix("<eos>") == r["answer"] for r in lines)
+    logged = read(finished / "samples.jsonl")
+    assert {len(r["tokens"]) == len(r["logp"]) == len(r["entropy"]) == len(r["advantage"]) for r in logged} == {True}
+    assert all("".join(r["tokens"]).removesuffix("<eos>") == r["answer"] for r in logged)
     first = {}
-    for r in lines:
+    for r in logged:
         # The first token of all answers to one prompt is drawn from one distribution.
         first.setdefault((r["step"], r["prompt"]), set()).add(r["entropy"][0])
     assert all(max(values) - min(values) < 2e-4 for values in first.values())

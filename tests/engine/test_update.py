@@ -22,7 +22,7 @@ from rlcore.engine.reference import Reference
 from rlcore.engine.resolve import with_keys
 from rlcore.engine.rollout import roll_out
 from rlcore.engine.seeding import generator
-from rlcore.engine.timing import Stopwatch
+from rlcore.engine.timing import Stopwatch, own_share
 from rlcore.engine.trainer import train
 from rlcore.engine.update import Learner, over_steps
 from rlcore.layout import TokenBatch, per_token
@@ -140,7 +140,7 @@ def test_explained_variance_is_that_of_the_tokens_that_count(started):
     rollout = dataclasses.replace(rollout, finished=torch.arange(18) % 2 == 0)
     torch.nn.init.normal_(learner.critic.head.weight, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        batch, metrics = learner.with_advantage(learner.with_scores(rollout), reward)
+        batch, metrics = learner.with_advantage(learner.with_scores(rollout)[0], reward)
     value, returns = batch.value[batch.mask].double(), batch.returns[batch.mask].double()
     expected = 1 - ((returns - value).var() / returns.var()).item()
     assert not batch.mask.all() and metrics["critic/explained_variance"] == pytest.approx(expected, rel=1e-4)
@@ -199,7 +199,7 @@ def test_kl_in_the_reward(started, small, kind):
     keys = {"kl.place": "reward", "kl.coef": 0.3, "kl.kind": kind}
     for method in ("rloo", "reinforce_pp"):
         learner, rollout, reward = started(method, other_model(small), **keys)
-        scored = learner.with_scores(rollout)
+        scored, _ = learner.with_scores(rollout)
         batch, metrics = learner.with_advantage(scored, reward)
         x = batch.old_logp - batch.ref_logp
         assert x.abs().max() > 0.1
@@ -288,7 +288,7 @@ def test_what_does_not_go_together_is_named(keys, named):
 def test_overlong_penalty_and_filter(started):
     keys = {"rollout.overlong_buffer": 0.4, "rollout.overlong_penalty": 2.0, "rollout.overlong_filter": True}
     learner, rollout, reward = started("rloo", **keys)
-    batch, metrics = learner.with_advantage(learner.with_scores(rollout), reward)
+    batch, metrics = learner.with_advantage(learner.with_scores(rollout)[0], reward)
     lengths = batch.lengths()
     penalty = torch.tensor([{4: -1.0, 5: -2.0}.get(n, 0.0) for n in lengths.tolist()])
     assert metrics["overlong_penalty"] == pytest.approx(penalty.mean().item()) and penalty.any()
@@ -329,6 +329,21 @@ def test_stopwatch_accounts_for_the_whole():
     times = clock.metrics()
     parts = [times[f"time/{name}"] for name in ("a", "b", "c", "other")]
     assert all(x > 0 for x in parts) and sum(parts) == pytest.approx(times["time/step"])
+
+
+def test_what_was_before_the_stopwatch_counts():
+    clock = Stopwatch(log=2.0)
+    with clock("log"):
+        sum(range(10_000))
+    times = clock.metrics()
+    assert 2 < times["time/log"] < times["time/step"] < 2.5 and times["time/other"] < 0.5
+
+
+def test_the_loops_own_share_of_a_step():
+    """Median over steps of all that is neither rollout nor reward, forward, backward or optimizer."""
+    work = {"time/rollout": 4.0, "time/reward": 1.0, "time/forward_backward": 3.0, "time/optimizer": 1.0}
+    steps = [{"step": k, **work, "time/log": own, "time/step": 9 + own} for k, own in enumerate((0.5, 1.0, 91.0), 1)]
+    assert own_share([{"step": 0, "eval/accuracy": 0.5}, *steps]) == pytest.approx(0.1)
 
 
 def test_evaluations_use_the_moving_average(tiny):
