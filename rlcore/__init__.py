@@ -1,5 +1,6 @@
 """rlcore: fused kernels for reinforcement learning of language models, and the lean loop that trains with them."""
 
+import rlcore.interrupt  # noqa: F401 -- it comes first: torch takes seconds
 from rlcore.adapters.transformers import AttachError, attach, trunk
 from rlcore.layout import TokenBatch, Totals, merge_metrics, per_token, shift
 from rlcore.methods import Method, methods

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
+from rlcore import interrupt
 from rlcore.engine.errors import Interrupted, SaveError, UserError
 
 PACKAGES = (
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
+        interrupt.end()
         if command in COMMANDS:
             code = COMMANDS[command][0](rest)
             sys.stdout.flush()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import rlcore
 from rlcore.cli import COMMANDS, main
 from rlcore.engine.checkpoint import found
 from rlcore.engine.config import Config
@@ -307,6 +308,33 @@ def test_kill_9_and_resume(tiny, tmp_path):
         for name in ("whole", "killed")
     ]
     assert metrics[0] == metrics[1] and [r["step"] for r in metrics[0]] == list(range(7))
+
+
+INTERRUPTS_ITSELF = """
+import os, signal, time
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(1)
+"""
+
+
+@pytest.mark.parametrize("command", [["-m", "rlcore.cli", "train"], ["SCRIPT", "train"]], ids=["module", "script"])
+def test_ctrl_c_while_torch_is_imported(tmp_path, command):
+    """One sentence; in a program that only imports the library, the exception that it expects."""
+    (tmp_path / "torch.py").write_text(INTERRUPTS_ITSELF)
+    (tmp_path / "rlcore").write_text("from rlcore.cli import main\nraise SystemExit(main())\n")
+    (tmp_path / "other.py").write_text("try:\n    import rlcore\nexcept KeyboardInterrupt:\n    print('mine')\n")
+    path = os.pathsep.join([str(tmp_path), str(Path(rlcore.__file__).parents[1])])
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, *arguments], capture_output=True, text=True, env={**environment(), "PYTHONPATH": path},
+            # A shell's background job starts with SIGINT ignored, and Python then leaves it so.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+
+    done = run(*(part.replace("SCRIPT", str(tmp_path / "rlcore")) for part in command))
+    assert (done.returncode, done.stderr) == (130, "rlcore: interrupted\n")
+    assert run(str(tmp_path / "other.py")).stdout == "mine\n"
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
