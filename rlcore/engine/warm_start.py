@@ -132,7 +132,9 @@ def supervised(
     """The prompts and reference answers of a supervised step, and their batch: every token has advantage 1."""
     problems = task.prompts(step, config.model.warm_batch, seed_of(config.seed, "warm"))
     prompts = encode(tokenizer, [problem.prompt for problem in problems])
-    answers = [[ids + [tokenizer.eos_token_id]] for ids in encode(tokenizer, [problem.answer for problem in problems])]
+    # An answer goes on where its prompt ends: what a tokenizer puts around a whole text does not belong into it.
+    bare = tokenizer([problem.answer for problem in problems], add_special_tokens=False)["input_ids"]
+    answers = [[ids + [tokenizer.eos_token_id]] for ids in bare]
     target = torch.tensor([token for group in answers for token in group[0]], device=device)
     lengths = torch.tensor([0, *(len(group[0]) for group in answers)], device=device)
     batch = rl.TokenBatch(target, lengths.cumsum(0), advantage=torch.ones(len(target), device=device))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import torch
 
 from rlcore.engine import countdown
 from rlcore.engine.config import Config, TaskConfig
@@ -23,6 +26,19 @@ def test_training_and_held_out_questions_are_disjoint():
         seen |= {problem.prompt for step in range(2 * per_epoch) for problem in tasks[0].prompts(step, 64, seed)}
     assert len(held_out) > 200
     assert not seen & held_out
+
+
+def test_answers_of_the_warm_start_begin_with_no_special_token(small, tiny):
+    """Tokenizers that put a token in front of every text put it in front of prompts alone."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer, config = copy.deepcopy(small[1]), tiny()
+    plain = supervised(tokenizer, small[2], 0, config, torch.device("cpu"))
+    begin = ("<unk>", tokenizer.unk_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<unk> $A", None, [begin])
+    prompts, answers, batch = supervised(tokenizer, small[2], 0, config, torch.device("cpu"))
+    assert prompts == [[begin[1], *prompt] for prompt in plain[0]]
+    assert answers == plain[1] and torch.equal(batch.target, plain[2].target)
 
 
 def test_warm_start_sees_training_questions_only(small, tiny):
