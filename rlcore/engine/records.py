@@ -8,12 +8,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlcore.engine.errors import SaveError
+from rlcore.engine.errors import SaveError, UserError
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file exists; UserError where it is something else: a device or a pipe may be read without end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: expected a regular file, got a directory, device or pipe")
+    return path.exists()
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The records of a JSONL file up to the first line that is none: a crash may have cut the last one short."""
-    if not path.exists():
+    if not is_there(path):
         return []
     records: list[dict[str, Any]] = []
     with path.open(encoding="utf-8", errors="replace") as lines:
@@ -30,6 +37,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def cut(path: Path, first_step: int) -> Any:
     """Opens a JSONL file for appending after its records before `first_step`; what is later or damaged is cut off."""
+    is_there(path)
     file = path.open("a+b")
     file.seek(0)
     end = 0

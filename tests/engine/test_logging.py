@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from rlcore.engine import screen as screen_module
-from rlcore.engine.errors import SaveError
+from rlcore.engine.errors import SaveError, UserError
 from rlcore.engine.logging import RunLog
 from rlcore.engine.records import cut, read, write_whole
 from rlcore.engine.screen import Screen
@@ -39,6 +41,21 @@ def test_cut(tmp_path, content, first_step, kept):
     with cut(path, first_step) as file:
         file.write(json.dumps({"step": 99}) + "\n")
     assert [record["step"] for record in read(path)] == [*kept, 99]
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no /dev/zero here")
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    """A device never ends, a pipe may never begin."""
+    for name, target in (("device", "/dev/zero"), ("directory", str(tmp_path))):
+        (tmp_path / name).symlink_to(target)
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("device", "directory", "pipe"):
+        for take in (read, lambda path: cut(path, 1)):
+            with pytest.raises(UserError, match=rf"{name}: expected a regular file"):
+                take(tmp_path / name)
+    (tmp_path / "there.jsonl").write_bytes(lines(0, 1))
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "there.jsonl")
+    assert len(read(tmp_path / "link.jsonl")) == 2
 
 
 def test_read_leaves_a_half_written_line_out(tmp_path):
