@@ -64,6 +64,8 @@ def evaluate_run(command: Eval) -> None:
         check_fit(model, tokenizer, task, config.rollout.max_new_tokens)
         problems = task.held_out[: command.limit]
         evaluation = measure(model, tokenizer, task, problems, config, device, progress())
+    for failure in evaluation.failures[:3]:
+        print(failure)
     result = summary(evaluation, saved.step, config)
     result["problems"] = [
         {"prompt": problem.prompt, "reference": problem.answer, "right": sum(right), "answers": dict(Counter(texts))}
@@ -138,7 +140,8 @@ def show(result: dict[str, Any], saved: Saved) -> None:
     for name, value in metrics.items():
         share = name in shares or name.startswith(("pass_at", "maj_at"))
         label = f"accuracy (mean@{k})" if name == "accuracy" else name.replace("_at_", "@")
-        table.add_row(label, "unknown" if value is None else f"{value:.1%}" if share else f"{value:.3f}")
+        form = ".1%" if share else "d" if isinstance(value, int) else ".3f"
+        table.add_row(label, "unknown" if value is None else format(value, form))
     Console().print(table)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,13 +26,14 @@ class Evaluation:
     reward: list[list[float]]
     length: list[list[int]]  # tokens, the end token included
     finished: list[list[bool]]
+    failures: list[str] = field(default_factory=list)  # a sentence for every reward that failed
 
     def metrics(self) -> dict[str, float]:
         """Means over all answers or all problems, without prefix.
 
         accuracy is mean@k; pass_at_j for the powers of two j <= k; maj_at_k; length with its median and 95th
         percentile; truncated, the share without an end token; answer_entropy, how much the k answers to a problem
-        differ (nats, 0 where all are equal, log k at most).
+        differ (nats, 0 where all are equal, log k at most); reward_errors, how many rewards failed.
         """
         k = len(self.texts[0])
         lengths, right = np.asarray(self.length).ravel(), [sum(row) for row in self.correct]
@@ -48,12 +49,17 @@ class Evaluation:
             "length_p95": float(np.percentile(lengths, 95)),
             "finished": finished,
             "truncated": 1 - finished,
+            "reward_errors": len(self.failures),
         }
 
 
-def evaluate(model: Any, tokenizer: Any, task: Task, config: Config, device: torch.device) -> dict[str, float]:
-    """The metrics of a policy on all held-out problems, as `eval/NAME`."""
+def evaluate(
+    model: Any, tokenizer: Any, task: Task, config: Config, device: torch.device, say: Callable[[str], None]
+) -> dict[str, float]:
+    """The metrics of a policy on all held-out problems, as `eval/NAME`; says the first failures of rewards."""
     evaluation = measure(model, tokenizer, task, task.held_out, config, device)
+    for failure in evaluation.failures[:3]:
+        say(failure)
     return {f"eval/{name}": value for name, value in evaluation.metrics().items()}
 
 
@@ -92,6 +98,7 @@ def measure(
         ]
         for rows, values in columns:
             rows.extend(values[s : s + plain.samples] for s in range(0, len(values), plain.samples))
+        evaluation.failures.extend(rollout.failures)
     return evaluation
 
 

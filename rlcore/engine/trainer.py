@@ -91,7 +91,7 @@ def train(config: Config, resume: bool = False) -> None:
                 if evaluating:
                     start = time.perf_counter()
                     with learner.evaluated():
-                        record |= evaluate(model, tokenizer, task, config, device)
+                        record |= evaluate(model, tokenizer, task, config, device, log.say)
                     record["time/eval"] = time.perf_counter() - start
                 start = time.perf_counter()
                 log.step(step, record)

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import shutil
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from rlcore.cli import main
 from rlcore.engine.config import Config, EvalConfig, RolloutConfig
+from rlcore.engine.config_file import load_toml, to_toml
 from rlcore.engine.eval_run import chosen
 from rlcore.engine.evaluate import Evaluation, answer_entropy, majority, measure, pass_at, powers_of_two
 from rlcore.engine.records import read
@@ -67,6 +69,7 @@ def test_powers_of_two():
 
 def test_metrics_by_hand():
     metrics = Evaluation(
+        failures=["a", "b"],
         texts=[["1", "1", "2", "3"], ["7", "8", "8", "8"]],
         correct=[[True, True, False, False], [True, False, False, False]],
         reward=[[1.0, 1.0, 0.0, 0.5], [1.0, 0.0, 0.0, 0.0]],
@@ -77,6 +80,7 @@ def test_metrics_by_hand():
         "accuracy": 3 / 8, "pass_at_1": 3 / 8, "pass_at_2": (5 / 6 + 1 / 2) / 2, "pass_at_4": 1.0, "maj_at_4": 0.5,
         "answer_entropy": (1.5 * math.log(2) + math.log(4) - 0.75 * math.log(3)) / 2, "reward": 3.5 / 8,
         "length": 3.0, "length_p50": 2.0, "length_p95": 6.6, "finished": 7 / 8, "truncated": 1 / 8,
+        "reward_errors": 2,
     })  # fmt: skip
 
 
@@ -137,6 +141,19 @@ def test_command_repeats_what_the_run_measured(finished, capsys):
         out = capsys.readouterr().out
         assert "accuracy (mean@4)" in out and f"{result['metrics']['maj_at_4']:.1%}" in out and "pass@2" in out
         assert f"eval-{step}.json" in out
+
+
+def test_failures_of_a_reward_are_told(finished, capsys):
+    """As in training: the first three by sample, all of them counted; they score 0."""
+    (finished / "mine.py").write_text("def f(response): return 1 / 0\n")
+    config = load_toml(finished / "config.toml")
+    reward = replace(config.reward, channels={"mine": f"{finished / 'mine.py'}:f"}, on_error="zero")
+    (finished / "config.toml").write_text(to_toml(replace(config, reward=reward)))
+    assert main(["eval", str(finished), "--limit", "2"]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "reward.channels.mine failed" in line]
+    assert len(told) == 3 and all("ZeroDivisionError" in line and "response" in line for line in told)
+    metrics = result_of(finished, 4)["metrics"]
+    assert metrics["reward_errors"] == 8 and metrics["reward"] == 0
 
 
 def test_command_options(finished):
