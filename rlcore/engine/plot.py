@@ -50,19 +50,20 @@ class Plot:
 
     runs: tuple[Path, ...]
     """Directories of runs."""
-    out: Path = Path("plot.png")
-    """The picture: .png, .svg or .pdf."""
+    out: Path | None = None
+    """The picture: .png, .svg or .pdf. If not given, plot.png in the directory that holds the first run."""
 
 
 def plot(command: Plot) -> None:
     """`rlcore plot`: writes the picture and says where it is. Raises UserError, SaveError."""
     if not command.runs:
         raise UserError("rlcore plot needs the directory of at least one run")
-    if command.out.suffix.lower() not in FORMATS:
-        raise UserError(f"--out must be a file that ends with {', '.join(FORMATS)}, got {str(command.out)!r}")
+    out = command.out or command.runs[0].resolve().parent / "plot.png"
+    if out.suffix.lower() not in FORMATS:
+        raise UserError(f"--out must be a file that ends with {', '.join(FORMATS)}, got {str(out)!r}")
     figure = draw(by_seed({path: metrics(path) for path in command.runs}))
-    write_whole(command.out, picture(figure, command.out.suffix[1:].lower()))
-    print(command.out)
+    write_whole(out, picture(figure, out.suffix[1:].lower()))
+    print(out)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -96,6 +96,20 @@ def test_command(tmp_path, capsys):
         assert str(out) in capsys.readouterr().out
 
 
+def test_the_picture_lies_beside_the_first_run(tmp_path, capsys, monkeypatch):
+    """Not where the command happens to be started."""
+    a, b = (write_run(tmp_path / place, rising(0.1)) for place in ("runs/a", "other/b"))
+    (tmp_path / "elsewhere").mkdir()
+    for place, given in ((tmp_path / "elsewhere", str(a)), (a, ".")):
+        monkeypatch.chdir(place)
+        before = set(place.iterdir())
+        assert main(["plot", given, str(b)]) == 0
+        picture = tmp_path / "runs" / "plot.png"
+        assert capsys.readouterr().out == f"{picture}\n"
+        assert picture.read_bytes().startswith(b"\x89PNG") and set(place.iterdir()) == before
+        picture.unlink()
+
+
 @pytest.mark.parametrize(
     ("content", "out", "words"),
     [
