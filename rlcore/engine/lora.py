@@ -58,6 +58,9 @@ def is_saved(directory: Path) -> bool:
 
 def save(directory: Path, model: Any) -> None:
     """Adapters in PEFT's format, and base.json."""
+    # PEFT holds the targets as a set, whose order differs between processes, and from that of a set read back.
+    for shape in model.peft_config.values():
+        shape.target_modules = sorted(shape.target_modules)
     # What the base has is in the base: no embeddings, and no model card, which PEFT fills with questions to answer.
     model.save_pretrained(directory, save_embedding_layers=False)
     (directory / "README.md").unlink(missing_ok=True)

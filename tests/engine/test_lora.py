@@ -128,6 +128,18 @@ def test_adapters_are_scaled_by_alpha_over_rank(small):
     torch.testing.assert_close(after - before, 6.0 / 4 * b @ a, rtol=1e-4, atol=1e-6)
 
 
+def test_saved_adapters_are_the_same_bytes_in_every_process(small, tmp_path):
+    """PEFT's targets are a set, and sets are ordered by hashes that differ between processes."""
+    model = adapted(small)
+    shape = model.peft_config["default"]
+    files = []
+    for order in (sorted(shape.target_modules), sorted(shape.target_modules, reverse=True)):
+        shape.target_modules = order
+        lora.save(tmp_path / "saved", model)
+        files.append((tmp_path / "saved" / "adapter_config.json").read_bytes())
+    assert files[0] == files[1] and len(order) == 14
+
+
 def test_targets_that_do_not_exist(small):
     with pytest.raises(UserError, match=r"model\.lora_targets: 'nowhere'"):
         lora.add(copy.deepcopy(small[0]), ModelConfig(lora_rank=4, lora_targets="nowhere"), 0)
