@@ -94,6 +94,8 @@ def test_what_is_kept_for_the_backward_pass(tiny, small):
 
 
 MEASURE = """
+import dataclasses
+import gc
 import sys
 from pathlib import Path
 import torch
@@ -119,7 +121,14 @@ for module in (rollout, evaluate):
 def kilobytes(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
 
-def step(config, number, peak):
+def growth(config):
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is in memory now
+    before = kilobytes("VmRSS")
+    step(config)
+    return (kilobytes("VmHWM") - before) * 1024
+
+def step(config):
     tokenizer = character_tokenizer()
     model = small_model(config, len(tokenizer)).eval()
     policy = Policy(model, tokenizer.pad_token_id, config.update.layout)
@@ -129,53 +138,54 @@ def step(config, number, peak):
         problems = task.prompts(k - 1, config.rollout.prompts, 0)
         drawn = rollout.roll_out(model, tokenizer, task, problems, config.rollout, stream)
         learner.learn(drawn, drawn.reward, k, Stopwatch())
-    evaluate.evaluate(model, tokenizer, task, config, torch.device("cpu"))
+    evaluate.evaluate(model, tokenizer, task, config, torch.device("cpu"), print)
 
 torch.set_num_threads(1)
-config = load_toml(Path(sys.argv[1]))
+configs = [load_toml(Path(path)) for path in sys.argv[1:]]
+config = configs[0]
 task = Task(config.task)
-import dataclasses
 few = dataclasses.replace(config.rollout, prompts=2, samples=2, max_new_tokens=2)
 little = dataclasses.replace(config, rollout=few, eval=dataclasses.replace(config.eval, batch=1, samples=1),
     model=dataclasses.replace(config.model, hidden_size=32, heads=2, layers=1))
-step(little, 1, None)  # what is imported and set up at first use
-before = kilobytes("VmRSS")
-step(config, 2, None)
-print((kilobytes("VmHWM") - before) * 1024)
+step(little)  # what is imported and set up at first use
+print(*map(growth, configs))
 """
+LARGER = {
+    "model__hidden_size": 128,
+    "model__layers": 4,
+    "model__heads": 4,
+    "rollout__prompts": 16,
+    "rollout__samples": 8,
+    "rollout__max_new_tokens": 32,
+    "update__minibatches": 2,
+    "eval__batch": 2,
+}
+CASES = {
+    "activations": {"update__micro_tokens": 2048},
+    "critic": {"update__micro_tokens": 1024, "update__layout": "padded", "method": "ppo"},
+    "sampling": {
+        "update__micro_tokens": 128,
+        "rollout__samples": 2,
+        "rollout__prompts": 8,
+        "eval__batch": 10,
+        "eval__samples": 150,
+    },
+}
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc")
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"update__micro_tokens": 2048},
-        {"update__micro_tokens": 1024, "update__layout": "padded", "method": "ppo"},
-        {
-            "update__micro_tokens": 128,
-            "rollout__samples": 2,
-            "rollout__prompts": 8,
-            "eval__batch": 10,
-            "eval__samples": 150,
-        },
-    ],
-    ids=["activations", "critic", "sampling"],
-)
-def test_measured_peak(tiny, tmp_path, changes):
-    """Growth of the peak resident set over a real step, in a process of its own, within a factor of 1.5."""
-    config = tiny(model__hidden_size=256, model__layers=4, model__heads=4, rollout__prompts=16, rollout__samples=8,
-                  rollout__max_new_tokens=32, update__minibatches=2, device="cpu", eval__batch=2)  # fmt: skip
-    for key, value in changes.items():
-        section, _, name = key.rpartition("__")
-        part = dataclasses.replace(getattr(config, section), **{name: value}) if section else value
-        config = dataclasses.replace(config, **{section or name: part})
-    (tmp_path / "config.toml").write_text(to_toml(config))
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from /proc")
+def test_measured_peak(tiny, tmp_path):
+    """Growth of the peak resident set over real steps, one after the other in a process of their own, within 1.5."""
+    configs = [tiny(**{**LARGER, **changes}) for changes in CASES.values()]
+    paths = [tmp_path / f"{name}.toml" for name in CASES]
+    for path, config in zip(paths, configs):
+        path.write_text(to_toml(config))
     out = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path / "config.toml")],
+        [sys.executable, "-c", MEASURE, *map(str, paths)],
         capture_output=True, text=True, check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
     ).stdout  # fmt: skip
-    measured = int(out.split()[-1])
-    guess = estimate(config, shape_of(config)[1], 7, 7).peak
-    print(f"measured {measured / 2**20:.0f} MiB, estimated {guess / 2**20:.0f} MiB")
-    assert measured / 1.5 < guess < 1.5 * measured
+    guesses = [estimate(config, shape_of(config)[1], 7, 7).peak for config in configs]
+    ratios = {name: guess / int(measured) for name, guess, measured in zip(CASES, guesses, out.split())}
+    print(f"estimate / measured: {ratios}")
+    assert all(1 / 1.5 < ratio < 1.5 for ratio in ratios.values()), ratios
