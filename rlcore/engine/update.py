@@ -187,7 +187,9 @@ class Learner:
 
         (directory / "learner.json").write_text(json.dumps({"kl_coef": self.kl_coef}) + "\n")
         if self.critic is not None:
-            weights = {name: p.detach().cpu().contiguous() for name, p in self.critic.named_parameters()}
+            # What is frozen is the policy's, and comes with it.
+            trained = {name: p for name, p in self.critic.named_parameters() if p.requires_grad}
+            weights = {name: p.detach().cpu().contiguous() for name, p in trained.items()}
             (directory / "critic.safetensors").write_bytes(to_bytes(weights))
             checkpoint.save_optimizer(directory / "critic_optimizer.safetensors", self.critic, self.critic.optimizer)
         if self.average is not None:
