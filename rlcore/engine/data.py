@@ -21,6 +21,7 @@ import numpy as np
 from rlcore.engine.config import TaskConfig
 from rlcore.engine.errors import SaveError, UserError
 from rlcore.engine.problem import Problem, Problems, excerpt, key_of, render
+from rlcore.engine.screen import watched
 
 SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 # As many bad rows are shown one by one; all are counted.
@@ -76,7 +77,7 @@ class Rows(Problems):
 
     def scan(self, file: Lines) -> Iterator[tuple[int, Problem]]:
         """Offset and problem of every good line; the others are rejected."""
-        for number, (offset, line) in enumerate(file, 1):
+        for number, (offset, line) in enumerate(watched(file, f"reading {file.path}"), 1):
             if not line.strip():
                 continue
             try:
@@ -206,7 +207,7 @@ def copy_parquet(path: Path, key: str, reject: Callable[[str], None]) -> Lines:
     count = 0
     try:
         with path.open("rb") as file, pyarrow.parquet.ParquetFile(file) as source:
-            for batch in source.iter_batches(batch_size=1024):
+            for batch in watched(source.iter_batches(batch_size=1024), f"reading blocks of 1,024 rows of {path}"):
                 for row in batch.to_pylist():
                     copy.write(json.dumps(row, default=str, ensure_ascii=False).encode(errors="replace") + b"\n")
                     count += 1

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from rlcore.engine.errors import UserError
 from rlcore.engine.evaluate import Evaluation, measure
 from rlcore.engine.plot import is_number
 from rlcore.engine.records import read, write_whole
+from rlcore.engine.screen import watched
 
 
 @dataclass
@@ -63,7 +63,7 @@ def evaluate_run(command: Eval) -> None:
         model, tokenizer = load_trained(weights, config, task, device, print)
         check_fit(model, tokenizer, task, config.rollout.max_new_tokens)
         problems = task.held_out[: command.limit]
-        evaluation = measure(model, tokenizer, task, problems, config, device, progress())
+        evaluation = measure(model, tokenizer, task, problems, config, device, partial(watched, what="evaluating"))
     for failure in evaluation.failures[:3]:
         print(failure)
     result = summary(evaluation, saved.step, config)
@@ -143,13 +143,3 @@ def show(result: dict[str, Any], saved: Saved) -> None:
         form = ".1%" if share else "d" if isinstance(value, int) else ".3f"
         table.add_row(label, "unknown" if value is None else format(value, form))
     Console().print(table)
-
-
-def progress() -> Callable[[Iterable[int]], Iterable[int]]:
-    """A bar on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        return iter
-    from rich.console import Console
-    from rich.progress import track
-
-    return partial(track, description="evaluating", console=Console(stderr=True), transient=True)

@@ -12,6 +12,7 @@ import numpy as np
 from rlcore.engine.config import TaskConfig
 from rlcore.engine.errors import UserError
 from rlcore.engine.problem import Problem, Problems
+from rlcore.engine.screen import watched
 
 # How many prompts are tokenized at a time.
 BATCH = 1024
@@ -97,7 +98,7 @@ def token_counts(tokenizer: Any, problems: Sequence[Problem], sizes: np.ndarray,
     around = tokenizer.num_special_tokens_to_add()
     counts = np.zeros(len(problems), np.int64)
     doubtful = np.flatnonzero(sizes.astype(np.int64) + around > limit)
-    for start in range(0, len(doubtful), BATCH):
+    for start in watched(range(0, len(doubtful), BATCH), f"tokenizing blocks of {BATCH:,} prompts"):
         some = doubtful[start : start + BATCH]
         texts = [problems[int(i)].prompt for i in some]
         counts[some] = [len(ids) for ids in tokenizer(texts)["input_ids"]]

@@ -5,7 +5,12 @@ from __future__ import annotations
 import math
 import sys
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+# Seconds after which a piece of work that is not a step says how far it is.
+PATIENCE = 5.0
 
 
 class Screen:
@@ -47,3 +52,33 @@ class Screen:
     def close(self) -> None:
         if self.bar:
             self.bar.stop()
+
+
+def watched(items: Iterable[T], what: str) -> Iterator[T]:
+    """The items, one by one; where that takes long, stderr tells how far it is: a bar on a terminal, else lines."""
+    total = len(items) if isinstance(items, Sized) else None
+    bar: Any = None
+    start = time.monotonic()
+    due = start + PATIENCE
+    try:
+        for count, item in enumerate(items, 1):
+            yield item
+            if (now := time.monotonic()) < due:
+                continue
+            if not sys.stderr.isatty():
+                share = f" of {total:,}" if total else ""
+                print(f"{what}: {count:,}{share} after {now - start:.0f} s", file=sys.stderr, flush=True)
+                due = now + min(60.0, now - start)
+                continue
+            if bar is None:
+                from rich.console import Console
+                from rich.progress import Progress
+
+                bar = Progress(console=Console(stderr=True), transient=True)
+                bar.add_task(what, total=total)
+                bar.start()
+            bar.update(bar.task_ids[0], completed=count)
+            due = now + 0.2
+    finally:
+        if bar:
+            bar.stop()

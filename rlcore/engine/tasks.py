@@ -25,6 +25,7 @@ from rlcore.engine.problem import NAME, Problem, is_held_out, render
 from rlcore.engine.prompts import Chain, View, bytes_of, chat_renderer, cutter, token_counts, unchanged
 from rlcore.engine.reward_kinds import same_text
 from rlcore.engine.rewards import Rewards, Scores
+from rlcore.engine.screen import watched
 from rlcore.engine.seeding import generator
 
 # What a small model can learn within minutes; a config's own options come on top.
@@ -210,7 +211,7 @@ def gym_part(name: str, config: TaskConfig) -> Part:
     train: list[Problem] = []
     held_out: list[Problem] = []
     seen: set[str] = set()
-    for entry in dataset:
+    for entry in watched(dataset, f"making problems of {name}"):
         question = countdown.identity(entry) if name == "countdown" else entry["question"]
         if question in seen:
             continue
