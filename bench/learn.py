@@ -44,7 +44,7 @@ class Asked(NamedTuple):
 
 
 DEFAULT_TASK = Asked(0.75, 0.30)
-# Recipes of other tasks are trained where --recipes names them: their minutes count, so they run alone.
+# Recipes of other tasks are trained where --recipes names them: their minutes count, so no more runs than cores then.
 OTHER_TASKS = {"countdown": Asked(0.0, 0.20, 15.0)}
 
 
