@@ -100,8 +100,8 @@ def sentence(box: str, hints: dict[str, Any], arguments: list[str]) -> str:
 
 
 def given(option: str, arguments: list[str]) -> str:
-    """What stands behind an option on the command line, as it was written."""
-    for i, argument in enumerate(arguments):
+    """What stands behind an option on the command line, as it was written; where it is repeated the last counts."""
+    for i, argument in reversed(list(enumerate(arguments))):
         name, equals, value = argument.partition("=")
         if name.replace("_", "-") == option:
             rest = [value] if equals else []

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import torch
 
 from rlcore.engine import lora
-from rlcore.engine.config import Config
 from rlcore.engine.errors import SaveError, UserError
 
 MANIFEST = "manifest.json"
@@ -131,24 +130,6 @@ def check_names(tensors: dict[str, torch.Tensor], model: Any, path: Path) -> Non
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{path} is of another model: it holds {', '.join(wrong[:3])}{more}")
-
-
-def check_shape(model: Any, config: Config, directory: Path) -> None:
-    """Raises UserError where a checkpoint's small model is not the one that the config describes; names the keys."""
-    if config.model.path:
-        return
-    there = {
-        "hidden_size": model.config.hidden_size,
-        "layers": model.config.num_hidden_layers,
-        "heads": model.config.num_attention_heads,
-    }
-    wrong = [
-        f"model.{k} is {v} there and {w} in the config"
-        for k, v in there.items()
-        if v != (w := getattr(config.model, k))
-    ]
-    if wrong:
-        raise UserError(f"{directory} is a checkpoint of another model: {', '.join(wrong)}")
 
 
 def optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

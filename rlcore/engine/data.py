@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from rlcore.engine.config import TaskConfig
+from rlcore.engine.config import TaskConfig, shown
 from rlcore.engine.errors import SaveError, UserError
 from rlcore.engine.problem import Problem, Problems, excerpt, key_of, render
 from rlcore.engine.screen import watched
@@ -98,7 +98,8 @@ class Rows(Problems):
     def parse(self, line: bytes) -> Problem:
         """The problem of a line; ValueError says what is wrong with it."""
         try:
-            row = json.loads(line)
+            # Bytes would be taken for UTF-16 too, whose lines can not be told apart by single bytes.
+            row = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError:
             raise ValueError("not UTF-8 text") from None
         except RecursionError:
@@ -168,22 +169,33 @@ class CopiedRows(Lines):
 def files_of(key: str, paths: list[str]) -> list[Path]:
     """The files that paths stand for: a directory stands for all data files right in it, by name."""
     found: list[Path] = []
-    for path in map(Path, paths):
-        place = path.expanduser()
-        if place.is_dir():
-            inside = sorted(file for file in place.iterdir() if file.suffix in SUFFIXES and file.is_file())
-            if not inside:
-                raise UserError(f"{key}: no file in {path} ends with {', '.join(SUFFIXES)}")
-            found += inside
-        elif not place.exists():
-            raise UserError(f"{key}: there is no file {str(path)!r}")
-        elif place.suffix not in SUFFIXES:
-            raise UserError(
-                f"{key} must name files that end with {', '.join(SUFFIXES)}, or a directory of them, got {str(path)!r}"
-            )
-        else:
-            found.append(place)
+    for path in paths:
+        try:
+            found += files_at(key, path)
+        except OSError as error:  # a name that is too long, a directory that others may not read
+            raise UserError(f"{key}: cannot read {shown(path)}: {error.strerror}") from None
+        except RuntimeError:
+            raise UserError(f"{key}: there is no user whose home would be {shown(path)}") from None
     return found
+
+
+def files_at(key: str, path: str) -> list[Path]:
+    """The files that one path stands for; UserError where it names none."""
+    place = Path(path).expanduser()
+    if path and place.is_dir():
+        inside = sorted(file for file in place.iterdir() if file.suffix in SUFFIXES and file.is_file())
+        if not inside:
+            raise UserError(f"{key}: no file in {path} ends with {', '.join(SUFFIXES)}")
+        return inside
+    if not path or not place.exists():
+        raise UserError(f"{key}: there is no file {path!r}")
+    if place.suffix not in SUFFIXES:
+        raise UserError(
+            f"{key} must name files that end with {', '.join(SUFFIXES)}, or a directory of them, got {path!r}"
+        )
+    if not place.is_file():
+        raise UserError(f"{key}: {path!r} is no regular file: problems are read again by their place in it")
+    return [place]
 
 
 def open_lines(path: Path, key: str, reject: Callable[[str], None]) -> Lines:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from rlcore.engine.errors import UserError
 from rlcore.engine.evaluate import Evaluation, measure
 from rlcore.engine.plot import is_number
 from rlcore.engine.records import read, write_whole
+from rlcore.engine.run import check_same
 from rlcore.engine.screen import watched
 
 
@@ -55,6 +57,7 @@ def evaluate_run(command: Eval) -> None:
     check_ranges(command, "--")
     config = config_of(command)
     saved = chosen(command.run, command.checkpoint)
+    check_same(saved.path, config)
     device = choose_device(config)
     with repeatable(config):
         task = Task(config.task, config.reward)
@@ -79,7 +82,7 @@ def evaluate_run(command: Eval) -> None:
 
 def config_of(command: Eval) -> Config:
     """The run's config with what the command changes."""
-    if not (command.run / "config.toml").is_file():
+    if not os.path.isfile(command.run / "config.toml"):
         raise UserError(f"{str(command.run)!r} is not the directory of a run: it has no config.toml")
     config = load_toml(command.run / "config.toml")
     given = {name: value for name in ("samples", "temperature") if (value := getattr(command, name)) is not None}

@@ -7,6 +7,7 @@ trust_remote_code is off.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,7 @@ def check_place(path: str) -> None:
 
     Loading itself would ask for every file again and again, a minute long, before it gave up.
     """
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         return
     if path.startswith(("/", ".")) or path.count("/") > 1:
         raise UserError(f"model.path: there is no directory {path!r}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def plot(command: Plot) -> None:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The metrics of a run; UserError where it is none or has none yet."""
-    if not (run / "metrics.jsonl").is_file():
+    if not os.path.isfile(run / "metrics.jsonl"):
         raise UserError(f"{str(run)!r} is not the directory of a run: it has no metrics.jsonl")
     try:
         records = read(run / "metrics.jsonl")

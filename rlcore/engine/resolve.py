@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def resolve(arguments: list[str]) -> Resolved:
 def config_of(run: str) -> Path:
     """config.toml of the run to be resumed."""
     directory = Path(run) if Path(run).name not in ("", "..") else Path(run).resolve()
-    if not (directory / "config.toml").is_file():
+    if not os.path.isfile(directory / "config.toml"):
         raise UserError(f"--resume: {run} is not the directory of a run (it has no config.toml)")
     return directory / "config.toml"
 
@@ -98,10 +99,11 @@ def with_keys(config: Config, values: dict[str, Any]) -> Config:
 
 
 def value_of(flag: str, arguments: list[str]) -> str | None:
-    """The value of a flag, looked up before the options are parsed because it supplies their defaults."""
+    """The last value of a flag, looked up before the options are parsed because it supplies their defaults."""
+    value = None
     for i, argument in enumerate(arguments):
         if argument == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith(flag + "="):
-            return argument.partition("=")[2]
-    return None
+            value = arguments[i + 1]
+        elif argument.startswith(flag + "="):
+            value = argument.partition("=")[2]
+    return value

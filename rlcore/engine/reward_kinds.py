@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import importlib.util
@@ -123,11 +124,14 @@ def user_function(key: str, place: str, name: str) -> Channel:
     try:
         module = load_file(place) if place.endswith(".py") else load_module(place)
         function = getattr(module, name)
-    except Exception as error:  # a user's module may fail in any way
+    except (Exception, SystemExit) as error:  # a user's module may fail in any way
         raise UserError(f"{key}: cannot load {place}:{name}: {type(error).__name__}: {first_line(error)}") from None
     if not callable(function):
         raise UserError(f"{key}: {place}:{name} is not a function")
-    wanted = inspect.signature(function).parameters
+    try:
+        wanted = inspect.signature(function).parameters
+    except ValueError:
+        raise UserError(f"{key}: {place}:{name} does not say what it takes; write a function around it") from None
     everything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in wanted.values())
     needed = {n for n, p in wanted.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     if needed <= set(OF_SAMPLE) and "response" in wanted:
@@ -141,12 +145,16 @@ def user_function(key: str, place: str, name: str) -> Channel:
         )
     names = tuple(n for n in known if everything or n in wanted)
 
+    def entry(problem: Problem) -> dict[str, Any]:
+        # A function that changes what it gets would change the problem for the rest of the run.
+        return copy.deepcopy(problem.entry) if {"entry", "entries"} & {*names} else {}
+
     def one(problem: Problem, text: str) -> Any:
-        values = dict(zip(OF_SAMPLE, (problem.prompt, text, problem.answer, problem.entry)))
+        values = dict(zip(OF_SAMPLE, (problem.prompt, text, problem.answer, entry(problem))))
         return function(**{n: values[n] for n in names})
 
     def batch(problems: Sequence[Problem], texts: Sequence[str]) -> Any:
-        columns = ([p.prompt for p in problems], list(texts), [p.answer for p in problems], [p.entry for p in problems])
+        columns = ([p.prompt for p in problems], list(texts), [p.answer for p in problems], list(map(entry, problems)))
         values = dict(zip(OF_BATCH, columns))
         return function(**{n: values[n] for n in names})
 

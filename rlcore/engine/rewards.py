@@ -8,7 +8,9 @@ counted and told.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,12 +52,24 @@ class Rewards:
         scores = {}
         for name, channel in self.channels.items():
             answers = Answers(name, problems, texts, step, self.config, failures)
-            values = answers.one_by_one(channel) if channel.one else answers.at_once(channel)
+            with one_process():
+                values = answers.one_by_one(channel) if channel.one else answers.at_once(channel)
             scores[name] = torch.tensor(values, dtype=torch.float32)
         total = torch.zeros(len(texts))
         for name, score in scores.items():
             total = total + self.config.weights.get(name, 1.0) * score
         return Scores(total, scores, scores[self.correct] >= 1, failures)
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """Ends what a reward function has forked and let come back: two processes would go on with one run."""
+    own = os.getpid()
+    try:
+        yield
+    finally:
+        if os.getpid() != own:
+            os._exit(1)
 
 
 @dataclass(frozen=True)
@@ -136,6 +150,9 @@ class WrongLength(Exception):
 
 def listed(values: Any, count: int) -> list[Any]:
     """A function's scores as a list of `count`."""
+    if isinstance(values, (str, bytes, dict, set, frozenset)):
+        # Each has a length, and characters, keys or an order that are no scores.
+        raise WrongLength(f"expected a list of {count} scores, got {excerpt(values)}")
     try:
         scores = list(values)
     except TypeError:
@@ -146,10 +163,12 @@ def listed(values: Any, count: int) -> list[Any]:
 
 
 def finite(value: Any) -> float:
-    """A score as a float; ValueError where it is none."""
+    """A score as a float; ValueError where it is none. A text is none, also where it spells a number."""
     try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
         score = float(value)
-    except (TypeError, ValueError):
+    except Exception:  # a value of any type may raise anything: an integer beyond all floats, a tensor of two elements
         raise ValueError(f"expected a number, got {excerpt(value)}") from None
     if not math.isfinite(score):
         raise ValueError(f"expected a finite number, got {score}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 from rlcore.engine.checkpoint import found
 from rlcore.engine.config import Config
-from rlcore.engine.config_file import changes, load_toml, to_toml
+from rlcore.engine.config_file import changes, flatten, load_toml, to_toml
 from rlcore.engine.errors import Interrupted, SaveError, UserError
 from rlcore.engine.records import write_whole
 from rlcore.engine.tasks import label
@@ -19,6 +21,9 @@ from rlcore.engine.tasks import label
 # What a run is: with another value it would be another run, not the rest of this one.
 FIXED = ("seed", "model.", "task.")
 FREE = ("model.cache", "model.gradient_checkpointing", "model.lora_merge")
+# Files and models that were moved are found again where config.toml says so.
+PLACES = ("model.path", "task.data", "task.held_out_data")
+IDENTITY = "run.json"
 
 
 class RunDirectory:
@@ -96,6 +101,27 @@ class RunDirectory:
         return self.path / "checkpoints"
 
 
+def identity(config: Config) -> dict[str, Any]:
+    """What a run is, by key."""
+    return {k: x for k, x in flatten(config).items() if k.startswith(FIXED) and k not in (*FREE, *PLACES)}
+
+
+def save_identity(directory: Path, config: Config) -> None:
+    """Into a checkpoint: config.toml may be edited later."""
+    (directory / IDENTITY).write_text(json.dumps(identity(config), indent=1) + "\n")
+
+
+def check_same(directory: Path, config: Config) -> None:
+    """Raises UserError where a checkpoint is of another run than the config describes; names the keys."""
+    # Earlier versions wrote none.
+    if not (directory / IDENTITY).is_file():
+        return
+    there, here = json.loads((directory / IDENTITY).read_text()), identity(config)
+    wrong = [f"{k} is {there[k]!r} there and {x!r} in the config" for k, x in here.items() if there.get(k, x) != x]
+    if wrong:
+        raise UserError(f"{directory} is a checkpoint of another run: {', '.join(wrong)}")
+
+
 def lock(file: Any) -> bool:
     """Takes an exclusive lock on an open file; False where another process has it, OSError where locks do not work."""
     try:
@@ -118,6 +144,6 @@ def name_run(config: Config) -> Config:
     task = re.sub(r"[^\w.+-]", "_", label(config.task))
     stem = f"{task}-{config.method}-seed{config.seed}" + ("-shuffled" if config.shuffle_rewards else "")
     number = 1
-    while (Path(config.dir) / (name := stem if number == 1 else f"{stem}-{number}")).exists():
+    while os.path.exists(Path(config.dir) / (name := stem if number == 1 else f"{stem}-{number}")):
         number += 1
     return dataclasses.replace(config, name=name)

@@ -6,6 +6,7 @@ those that change the direction of text are shown as signs, and everything is es
 
 from __future__ import annotations
 
+import os
 import random
 import unicodedata
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def show(command: Show) -> None:
 def load(run: Path) -> list[Sample]:
     """All logged answers of a run, in order; lines that hold none are passed over."""
     path = run / "samples.jsonl"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{str(run)!r} is not the directory of a run with samples: it has no samples.jsonl")
     try:
         records = read(path)

@@ -30,7 +30,7 @@ from rlcore.engine.policy import Policy
 from rlcore.engine.reference import load_reference
 from rlcore.engine.resample import fill_up, token_count, without_signal
 from rlcore.engine.rollout import Rollout, roll_out
-from rlcore.engine.run import RunDirectory
+from rlcore.engine.run import RunDirectory, check_same, save_identity
 from rlcore.engine.samples import lines
 from rlcore.engine.seeding import generator, permutation, seed_of
 from rlcore.engine.tasks import Task
@@ -56,8 +56,8 @@ def train(config: Config, resume: bool = False) -> None:
         if saved is None:
             model, tokenizer = load_start(config, task, device, print)
         else:
+            check_same(saved.path, config)
             model, tokenizer = load_trained(saved.path / "model", config, task, device, print)
-            checkpoint.check_shape(model, config, saved.path)
         check_fit(model, tokenizer, task, config.rollout.max_new_tokens)
         policy = Policy(model, tokenizer.pad_token_id, config.update.layout, config.rollout.temperature)
         learner = Learner(config, method, policy, load_reference(config, task, policy, run.path))
@@ -102,7 +102,7 @@ def train(config: Config, resume: bool = False) -> None:
                 stopping = stop.requested and step < config.steps
                 if is_due(step, config.checkpoint_every, config.steps) or step == 0 or stopping:
                     log.sync()
-                    more = partial(learner.save, tokenizer=tokenizer)
+                    more = partial(save_rest, learner, tokenizer)
                     checkpoint.save(run.checkpoints, step, model, tokenizer, learner.optimizer, config.keep, more)
                 if stopping:
                     log.curves()
@@ -110,6 +110,12 @@ def train(config: Config, resume: bool = False) -> None:
             if config.model.lora_merge:
                 save_merged(run.path / "merged", model, tokenizer)
             log.conclude()
+
+
+def save_rest(learner: Learner, tokenizer: Any, directory: Path) -> None:
+    """What a checkpoint holds beside the policy and its optimizer."""
+    learner.save(directory, tokenizer)
+    save_identity(directory, learner.config)
 
 
 def answers_of_step(
@@ -159,7 +165,8 @@ def choose_device(config: Config) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        # Read back: on the device meta there are no numbers.
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         raise UserError(f"device: {name!r} can not be used: {reason}") from None

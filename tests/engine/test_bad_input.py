@@ -64,10 +64,10 @@ def digests(run: Path) -> dict[str, str]:
     return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
 
 
-def refused(capsys, *arguments: object, code: int = 2) -> str:
+def refused(capsys, *arguments: object, code: int = 2, command: str = "train") -> str:
     """The one sentence of a command that ends with this exit code."""
     capsys.readouterr()
-    assert main(["train", *map(str, arguments)]) == code
+    assert main([command, *map(str, arguments)]) == code
     message = capsys.readouterr().err
     assert message.startswith("rlcore: ") and message.count("\n") == 1 and "Traceback" not in message
     return message
@@ -153,6 +153,24 @@ def test_a_checkpoint_of_another_model(capsys, run):
         "model.hidden_size is 32 there and 64 in the config" in message and "model.layers is 2 there and 3" in message
     )
     assert digests(run) == before
+
+
+def test_a_config_edited_between_resumes(capsys, run):
+    """What a run is stands in its checkpoints too: another seed, task or kind of model is told, not trained on."""
+    text = (run / "config.toml").read_text()
+    for old, new, told in (
+        ("seed = 0\ndevice", "seed = 1\ndevice", "seed is 0 there and 1 in the config"),
+        ("lora_rank = 0", "lora_rank = 4", "model.lora_rank is 0 there and 4"),
+        ('options = {}', 'options = { "max_digits" = "1" }', "task.options is {} there and {'max_digits': '1'}"),
+    ):
+        assert text.count(old) == 1
+        (run / "config.toml").write_text(text.replace(old, new))
+        before = digests(run)
+        assert told in refused(capsys, "--resume", run, "--steps", "3")
+        assert told in refused(capsys, run, command="eval")
+        assert digests(run) == before
+    (run / "config.toml").write_text(text.replace("lr = 0.0015", "lr = 0.002"))
+    assert main(["train", "--resume", str(run), "--steps", "3"]) == 0
 
 
 def test_a_full_disk(capsys, run, monkeypatch):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -112,6 +114,18 @@ def test_user_mistakes_are_one_sentence(capsys, tmp_path):
     assert "array.jsonl line 1: not valid JSON" in fails("--task.data", array)
     assert "ends with .jsonl" in fails("--task.data", tmp_path / "folder")
     assert "end with .jsonl" in fails("--task.data", write(tmp_path / "a.csv", ["prompt,answer"]))
+    (tmp_path / "deep").mkdir()
+    os.mkfifo(tmp_path / "deep" / "pipe.jsonl")
+    assert "is no regular file" in fails("--task.data", tmp_path / "deep" / "pipe.jsonl")
+    assert "File name too long" in fails("--task.data", "x" * 300 + ".jsonl")
+    assert "no user whose home" in fails("--task.data", "~nobody-of-this-name/x.jsonl")
+    assert "there is no file ''" in fails("--task.data", "")
+    (tmp_path / "wide.jsonl").write_bytes("".join(json.dumps(row) + "\n" for row in sums(9)).encode("utf-16"))
+    assert "line 1: not UTF-8 text" in fails("--task.data", tmp_path / "wide.jsonl")
+    (tmp_path / "packed.jsonl").write_bytes(gzip.compress(good.read_bytes()))
+    assert "line 1: not UTF-8 text" in fails("--task.data", tmp_path / "packed.jsonl")
+    (tmp_path / "false.parquet").write_bytes(good.read_bytes())
+    assert "not readable as Parquet" in fails("--task.data", tmp_path / "false.parquet")
     assert "no field 'question'; there are prompt, answer" in fails(
         "--task.data", good, "--task.prompt-field", "question"
     )

@@ -112,6 +112,8 @@ def test_user_functions(tmp_path, monkeypatch):
         ("def g(): pass", "AttributeError"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("def f(: pass", "SyntaxError"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        ("f = max", "does not say what it takes"),
     ):
         with pytest.raises(UserError, match=named):
             score(user_file(tmp_path, body), ["4"])
@@ -126,6 +128,12 @@ BAD = {
         "got nan",
     ),
     "gives infinity": ("def f(response): return 1e999 if response == 'bad' else 1", "got inf"),
+    "gives a text": ("def f(response): return '1' if response == 'bad' else 1", "a number, got '1'"),
+    "gives too long an integer": ("def f(response): return 10**400 if response == 'bad' else 1", "a number, got 1000"),
+    "gives two numbers": (
+        "import torch\ndef f(responses): return [torch.ones(1 + (r == 'bad')) for r in responses]",
+        "a number, got tensor",
+    ),
     "gives no number": ("def f(response): return None if response == 'bad' else 1", "a number, got None"),
     "exits": ("import sys\ndef f(response): sys.exit() if response == 'bad' else None; return 1", "SystemExit"),
 }
@@ -146,7 +154,7 @@ def test_a_failure_names_its_sample(tmp_path, name):
     assert scores.total.tolist() == [1.0, 0.0, 1.0] and len(scores.failures) == 1 and "'bad'" in scores.failures[0]
 
 
-@pytest.mark.parametrize("given", ["[1.0]", "3", "[1] * 4"])
+@pytest.mark.parametrize("given", ["[1.0]", "3", "[1] * 4", "'11'", "{1: 2, 3: 4}", "{1, 2}"])
 def test_a_list_of_another_length(tmp_path, given):
     place = user_file(tmp_path, f"def f(responses): return {given}")
     with pytest.raises(UserError, match="expected"):
@@ -180,6 +188,31 @@ def test_a_list_function_that_hangs(tmp_path):
     place = user_file(tmp_path, "import time\ndef f(responses): time.sleep(60)")
     scores = score(place, ["a", "b"], on_error="zero", seconds=0.2)
     assert scores.total.tolist() == [0.0, 0.0] and "not done with 2 answers after 0.2 s" in scores.failures[0]
+
+
+def test_a_reward_that_changes_what_it_gets(tmp_path):
+    """The problem is the same for the next answer and the next step."""
+    one = "def f(response, entry): entry['metadata']['k'] += 1; return entry['metadata']['k']"
+    many = "def f(responses, entries): return [e['metadata'].pop('k') for e in entries]"
+    for body, expected in ((one, 3.0), (many, 2.0)):
+        mine = problem(k=2)
+        for _ in range(2):
+            assert score(user_file(tmp_path, body), ["4", "4"], mine).total.tolist() == [expected] * 2
+        assert mine.entry["metadata"] == {"k": 2}
+
+
+@pytest.mark.parametrize("end", ["return 1", "raise SystemExit", "raise ValueError('x')"])
+def test_a_reward_that_forks_and_comes_back(tmp_path, end):
+    """The child ends with the reward: one process goes on with the run."""
+    body = f"import os\ndef f(response):\n    if os.fork() == 0: {end}\n    return 2"
+    own = os.getpid()
+    try:
+        scores = score(user_file(tmp_path, body), ["4"])
+    finally:
+        if os.getpid() != own:
+            os._exit(42)
+    assert scores.total.tolist() == [2.0]
+    assert os.waitstatus_to_exitcode(os.waitpid(-1, 0)[1]) == 1
 
 
 def test_time_limits_nest():
