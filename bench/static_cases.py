@@ -32,5 +32,25 @@ def segments() -> dict[str, Case]:
     return cases
 
 
-FAMILIES = {"segments": segments()}
-QUICK = {"segments": ["sum float32 masked"]}
+def prefix_attention() -> dict[str, Case]:
+    def launch(dtype: torch.dtype, D: int, sink: Tensor | None, window: int | None, softcap: float | None) -> None:
+        from rlcore.kernels import prefix_attention as forward
+        from rlcore.kernels import prefix_attention_backward as backward
+
+        q, do, o = (empty(256, 8, D, dtype=dtype) for _ in range(3))
+        k, v = (empty(256, 2, D, dtype=dtype) for _ in range(2))
+        end = position = torch.zeros(256, dtype=torch.int64)
+        items, segments, splits = (torch.zeros(1, n, dtype=torch.int64) for n in (5, 2, 3))
+        work, options = (items, segments), (0.1, window, softcap)
+        _, lse = forward.prefix_attention_forward(
+            q, k, v, end, position, *work, sink, *options, forward.forward_blocks(D, dtype)
+        )
+        rows = do, q, k, v, *backward.prefix_attention_delta(do, q, o, lse), end, position
+        backward.prefix_attention_dq(*rows, *work, *options, backward.query_blocks(D, dtype))
+        backward.prefix_attention_dkdv(*rows, *work, splits, 1, *options, backward.key_blocks(D, dtype))
+
+    return {"bfloat16 head size 128": lambda: launch(torch.bfloat16, 128, None, None, None)}
+
+
+FAMILIES = {"segments": segments(), "prefix_attention": prefix_attention()}
+QUICK = {"segments": ["sum float32 masked"], "prefix_attention": ["bfloat16 head size 128"]}

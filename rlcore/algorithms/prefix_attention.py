@@ -125,17 +125,22 @@ def composed_forward(
         new_o, new_lse = _rows(part_o, part).to(work), _rows(part_lse, part)
         if not part.own:
             rows = part.rows
-            new_o, new_lse = _merge(o.index_select(0, rows), lse.index_select(0, rows), new_o, new_lse)
+            new_o, new_lse = merge(o.index_select(0, rows), lse.index_select(0, rows), new_o, new_lse)
         o.index_copy_(0, part.rows, new_o)
         lse.index_copy_(0, part.rows, new_lse)
-    if sink is not None:
-        with_sink = torch.logaddexp(lse, sink.to(work))
-        o.mul_(torch.exp(lse - with_sink).unsqueeze(-1))
-        lse = with_sink
+    o, lse = with_sink(o, lse, sink)
     return o.to(q.dtype), lse
 
 
-def _merge(o: Tensor, lse: Tensor, new_o: Tensor, new_lse: Tensor) -> tuple[Tensor, Tensor]:
+def with_sink(o: Tensor, lse: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A merged softmax and its sink; o is changed in place."""
+    if sink is None:
+        return o, lse
+    both = torch.logaddexp(lse, sink.to(lse.dtype))
+    return o.mul_(torch.exp(lse - both).unsqueeze(-1)), both
+
+
+def merge(o: Tensor, lse: Tensor, new_o: Tensor, new_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Two softmaxes over disjoint keys as one. Both log-sum-exps are finite: every part holds a visible key."""
     merged = torch.logaddexp(lse, new_lse)
     o = o * torch.exp(lse - merged).unsqueeze(-1) + new_o * torch.exp(new_lse - merged).unsqueeze(-1)
@@ -199,7 +204,11 @@ def sink_gradient(do: Tensor, o: Tensor, lse: Tensor, sink: Tensor | None) -> Te
     """The sink is a key with value 0: d sink = - sum_i p_sink_i (do_i . o_i)."""
     if sink is None:
         return None
-    delta = (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1)
+    return sink_gradient_of_delta((do.to(lse.dtype) * o.to(lse.dtype)).sum(-1), lse, sink)
+
+
+def sink_gradient_of_delta(delta: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
+    """`sink_gradient` where delta [M, Hq] = do . o is known."""
     return -(torch.exp(sink.to(lse.dtype) - lse) * delta).sum(0).to(sink.dtype)
 
 

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlcore.algorithms import prefix_attention as algorithm
+from rlcore.algorithms import prefix_attention_varlen as varlen
 from rlcore.ops import backend
 from rlcore.ops import prefix_attention_native as native
+from rlcore.ops import prefix_attention_triton as triton
 from rlcore.prefix_tree import PrefixTree
 
 
@@ -28,8 +30,12 @@ def _forward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
+    if triton.runs(q):
+        return triton.forward(q, k, v, end, position, node_table, scale, window, softcap, sink)
     if native.runs(q):
         return native.forward(q, k, v, node_table, scale, window, softcap, sink)
+    if _composes_on_gpu(q, window, softcap):
+        return varlen.forward(q, k, v, node_table, scale, sink)
     if _composes(q, window, softcap):
         return algorithm.composed_forward(q, k, v, node_table, scale, sink)
     return algorithm.blocked_forward(q, k, v, end, position, node_table, scale, window, softcap, sink)
@@ -67,8 +73,14 @@ def _backward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if native.runs(q):
+    if triton.runs(q):
+        dq, dk, dv, dsink = triton.backward(
+            do, q, k, v, o, lse, end, position, node_table, scale, window, softcap, sink
+        )
+    elif native.runs(q):
         dq, dk, dv, dsink = native.backward(do, q, k, v, o, lse, node_table, scale, window, softcap, sink)
+    elif _composes_on_gpu(q, window, softcap):
+        dq, dk, dv, dsink = varlen.backward(do, q, k, v, o, lse, node_table, scale, sink)
     elif _composes(q, window, softcap):
         dq, dk, dv, dsink = algorithm.composed_backward(do, q, k, v, o, lse, node_table, scale, sink)
     else:
@@ -100,6 +112,19 @@ def _(
 
 def _composes(q: Tensor, window: int | None, softcap: float | None) -> bool:
     return q.device.type == "cpu" and window is None and softcap is None
+
+
+def _composes_on_gpu(q: Tensor, window: int | None, softcap: float | None) -> bool:
+    """What torch's flash attention takes: NVIDIA from sm_80 on, 16-bit numbers, head sizes up to 256."""
+    return (
+        q.is_cuda
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[2] <= 256
+        and window is None
+        and softcap is None
+    )
 
 
 class _PrefixAttention(torch.autograd.Function):
@@ -161,8 +186,9 @@ def prefix_attention(
 
     q [M, Hq, D], k [M, Hkv, D], v [M, Hkv, Dv], Hkv divides Hq; sink [Hq]; returns [M, Hq, Dv] in q's dtype. float32,
     float64, bfloat16 and float16, any strides; under autocast the inputs are cast as scaled_dot_product_attention does.
-    scale defaults to D ** -0.5. On a CPU it runs in C++; in float64 or where that was not built, composed of flash
-    attention calls if there is no window and no softcap; otherwise dense in bounded blocks.
+    scale defaults to D ** -0.5. On a GPU it runs in Triton, on a CPU in C++; where that is not there or does not take
+    the dtype, composed of flash attention calls if there is no window and no softcap (on a GPU in 16 bits); otherwise
+    dense in bounded blocks.
     `backend("reference")` runs the dense reference, which can be differentiated twice.
     Raises ValueError or TypeError naming the argument.
     """

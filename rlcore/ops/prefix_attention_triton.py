@@ -1,0 +1,135 @@
+"""prefix_attention in Triton: the tiles of a tree, kept on its device, and the launches.
+
+float32, bfloat16 and float16; float64 takes the dense blocks of `algorithms.prefix_attention`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlcore.algorithms import prefix_attention_tiles as tiles
+from rlcore.algorithms.prefix_attention import sink_gradient_of_delta
+from rlcore.ops import backend
+
+
+class _Tables(NamedTuple):
+    """A `tiles.Work` on the device."""
+
+    items: Tensor
+    segments: Tensor
+    splits: Tensor
+    slots: int
+
+
+# A CUDA graph reads the tables that it was captured with whenever it runs: they are never freed.
+_captured: dict[int, _Tables] = {}
+
+
+def runs(q: Tensor) -> bool:
+    """Whether Triton takes these queries, keys and values."""
+    return backend.runs_triton(q, backend.requested()) and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    end: Tensor,
+    position: Tensor,
+    node_table: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sink: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(o [M, Hq, D] in q's dtype, lse [M, Hq] float32); shapes as in `algorithms.prefix_attention.blocked_forward`."""
+    from rlcore.kernels import prefix_attention as kernels
+
+    q, k, v = _unit(q), _unit(k), _unit(v)
+    end, position = end.contiguous(), position.contiguous()
+    blocks = kernels.forward_blocks(q.shape[2], q.dtype)
+    group = q.shape[1] // k.shape[1]
+    work = _held(_query_tables(_key(node_table), q.device, group, blocks.lanes, blocks.keys, window))
+    return kernels.prefix_attention_forward(
+        q, k, v, end, position, work.items, work.segments, sink, scale, window, softcap, blocks
+    )
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    end: Tensor,
+    position: Tensor,
+    node_table: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sink: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dq, dk, dv, dsink) in the dtypes of q, k, v and the sink."""
+    from rlcore.kernels import prefix_attention_backward as kernels
+
+    do, q, k, v, o, lse = _unit(do), _unit(q), _unit(k), _unit(v), _unit(o), lse.contiguous()
+    end, position, key = end.contiguous(), position.contiguous(), _key(node_table)
+    D, heads = q.shape[2], k.shape[1]
+    group = q.shape[1] // heads
+    delta, lse2 = kernels.prefix_attention_delta(do, q, o, lse)
+    rows = do, q, k, v, delta, lse2, end, position
+    blocks = kernels.query_blocks(D, q.dtype)
+    work = _held(_query_tables(key, q.device, group, blocks.lanes, blocks.keys, window))
+    dq = kernels.prefix_attention_dq(*rows, work.items, work.segments, scale, window, softcap, blocks)
+    blocks = kernels.key_blocks(D, q.dtype)
+    work = _held(_key_tables(key, q.device, group, blocks.lanes, blocks.keys, window, heads))
+    dk, dv = kernels.prefix_attention_dkdv(*rows, *work, scale, window, softcap, blocks)
+    return dq, dk, dv, None if sink is None else sink_gradient_of_delta(delta, lse, sink)
+
+
+def _key(node_table: Tensor) -> bytes:
+    """Every layer of a step has the same tree, and under recomputation not the same tensor: its content is the key."""
+    return node_table.numpy().tobytes()
+
+
+@lru_cache(maxsize=64)
+def _query_tables(
+    table: bytes, device: torch.device, group: int, lanes: int, keys: int, window: int | None
+) -> _Tables:
+    return _moved(tiles.query_work(_array(table), group, lanes, keys, window), device)
+
+
+@lru_cache(maxsize=64)
+def _key_tables(
+    table: bytes, device: torch.device, group: int, lanes: int, keys: int, window: int | None, heads: int
+) -> _Tables:
+    return _moved(tiles.key_work(_array(table), group, lanes, keys, window, heads), device)
+
+
+def _held(tables: _Tables) -> _Tables:
+    if tables.items.is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured[id(tables.items)] = tables
+    return tables
+
+
+def _array(table: bytes) -> np.ndarray:
+    return np.frombuffer(table, dtype=np.int64).reshape(-1, 4)
+
+
+def _moved(work: tiles.Work, device: torch.device) -> _Tables:
+    """On the device, without waiting for it."""
+    items, segments, splits = (
+        torch.from_numpy(x) if device.type == "cpu" else torch.from_numpy(x).pin_memory().to(device, non_blocking=True)
+        for x in (work.items, work.segments, work.splits)
+    )
+    return _Tables(items, segments, splits, work.slots)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
