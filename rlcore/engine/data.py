@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from rlcore.engine.config import TaskConfig, shown
-from rlcore.engine.errors import SaveError, UserError
+from rlcore.engine.errors import SaveError, UserError, first_line
 from rlcore.engine.problem import Problem, Problems, excerpt, key_of, render
 from rlcore.engine.screen import watched
 
@@ -284,7 +284,3 @@ def question_of(problem: Problem) -> str:
 
 def size_of(problem: Problem) -> int:
     return min(len(problem.prompt.encode()) or UNKNOWN_LENGTH, UNKNOWN_LENGTH)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from rlcore.engine.config import ModelConfig
-from rlcore.engine.errors import UserError
+from rlcore.engine.errors import UserError, first_line
 from rlcore.engine.seeding import seed_of
 
 BASE = "base.json"
@@ -41,8 +41,9 @@ def add(model: Any, config: ModelConfig, seed: int) -> Any:
         try:
             adapted = peft.get_peft_model(model, shape)
         except ValueError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"model.lora_targets: {config.lora_targets!r} does not fit this model: {reason}") from None
+            raise UserError(
+                f"model.lora_targets: {config.lora_targets!r} does not fit this model: {first_line(error)}"
+            ) from None
     adapted._rlcore_base = base
     return adapted.eval()
 

@@ -18,7 +18,7 @@ from rlcore.adapters.transformers import unwrap
 from rlcore.engine import lora
 from rlcore.engine.checkpoint import save_model, why_unusable, write_directory
 from rlcore.engine.config import Config
-from rlcore.engine.errors import SaveError, UserError
+from rlcore.engine.errors import SaveError, UserError, first_line
 from rlcore.engine.precision import compute_in_bfloat16
 from rlcore.engine.tasks import Task
 from rlcore.engine.warm_start import character_tokenizer, fingerprint, small_model, warm_start
@@ -62,7 +62,7 @@ def prepare(model: Any, config: Config) -> Any:
             enable({"use_reentrant": False})
             inner._rlcore_checkpointing = True
         except ValueError as error:
-            raise UserError(f"model.gradient_checkpointing: {str(error).strip().splitlines()[0]}") from None
+            raise UserError(f"model.gradient_checkpointing: {first_line(error)}") from None
     return model
 
 
@@ -147,10 +147,6 @@ def load_tokenizer(path: Path | str) -> Any:
         # Padding is told from answers by lengths, never by its token.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def check_place(path: str) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rlcore.engine.config import RewardConfig
-from rlcore.engine.errors import UserError
+from rlcore.engine.errors import UserError, told
 from rlcore.engine.problem import Problem
 from rlcore.engine.time_limit import TimeUp, time_limit
 
@@ -36,6 +36,8 @@ OF_SAMPLE = ("prompt", "response", "answer", "entry")
 @dataclass(frozen=True)
 class Channel:
     """How a channel scores: one answer, or a list of them at once; exactly one of the two is there.
+
+    In a list a ValueError may stand in place of a score: that answer has failed, for this reason.
 
     limited: whether the time limit of a step holds; channels with limits of their own go without.
     """
@@ -125,7 +127,7 @@ def user_function(key: str, place: str, name: str) -> Channel:
         module = load_file(place) if place.endswith(".py") else load_module(place)
         function = getattr(module, name)
     except (Exception, SystemExit) as error:  # a user's module may fail in any way
-        raise UserError(f"{key}: cannot load {place}:{name}: {type(error).__name__}: {first_line(error)}") from None
+        raise UserError(f"{key}: cannot load {place}:{name}: {told(error)}") from None
     if not callable(function):
         raise UserError(f"{key}: {place}:{name} is not a function")
     try:
@@ -181,13 +183,23 @@ def load_file(path: str) -> Any:
     return module
 
 
-def run_programs(field: str, config: RewardConfig, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
-    """code: 1 where the program in the response passes the tests of its problem, each in a process of its own."""
-    jobs = [job_of(problem, text, field, config) for problem, text in zip(problems, texts)]
-    different = {json.dumps(job): job for job in jobs}
+def run_programs(
+    field: str, config: RewardConfig, problems: Sequence[Problem], texts: Sequence[str]
+) -> list[float | ValueError]:
+    """code: 1 where the program in the response passes the tests of its problem, each in a process of its own; the
+    reason where the problem has none."""
+    scores: list[float | ValueError] = [0.0] * len(texts)
+    rows: dict[str, list[int]] = {}  # the answers that hold one program and have the same tests
+    for at, (problem, text) in enumerate(zip(problems, texts, strict=True)):
+        try:
+            rows.setdefault(json.dumps(job_of(problem, text, field, config)), []).append(at)
+        except ValueError as error:
+            scores[at] = error
     with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 16)) as pool:
-        passed = dict(zip(different, pool.map(run_program, different.values())))
-    return [passed[json.dumps(job)] for job in jobs]
+        for same, passed in zip(rows.values(), pool.map(run_program, map(json.loads, rows)), strict=True):
+            for at in same:
+                scores[at] = passed
+    return scores
 
 
 def job_of(problem: Problem, text: str, field: str, config: RewardConfig) -> dict[str, Any]:
@@ -242,7 +254,3 @@ def run_program(job: dict[str, Any]) -> float:
                 os.killpg(process.pid, 9)
             process.wait()
     return float(output == b"1")
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from rlcore.engine.config import RewardConfig
-from rlcore.engine.errors import UserError
+from rlcore.engine.errors import UserError, told
 from rlcore.engine.problem import Problem, excerpt
-from rlcore.engine.reward_kinds import Channel, first_line, make
+from rlcore.engine.reward_kinds import Channel, make
 from rlcore.engine.time_limit import TimeUp, time_limit
 
 # The channel where none is configured.
@@ -163,7 +163,10 @@ def listed(values: Any, count: int) -> list[Any]:
 
 
 def finite(value: Any) -> float:
-    """A score as a float; ValueError where it is none. A text is none, also where it spells a number."""
+    """A score as a float; ValueError where it is none, or stands in its place. A text is none, also where it spells a
+    number."""
+    if isinstance(value, ValueError):
+        raise value
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError
@@ -173,8 +176,3 @@ def finite(value: Any) -> float:
     if not math.isfinite(score):
         raise ValueError(f"expected a finite number, got {score}")
     return score
-
-
-def told(error: BaseException) -> str:
-    """An exception in one line."""
-    return first_line(error) if type(error) is ValueError else f"{type(error).__name__}: {first_line(error)}"

@@ -14,7 +14,7 @@ from typing import Any
 
 from rlcore.engine.config import Config
 from rlcore.engine.config_file import flatten
-from rlcore.engine.errors import UserError
+from rlcore.engine.errors import UserError, first_line
 
 NAMES = ("wandb", "trackio")
 
@@ -56,8 +56,7 @@ class Tracker:
 
     def give_up(self, error: BaseException) -> None:
         self.module = None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        self.say(f"{self.package} failed and is left out from here on; the run goes on: {reason}")
+        self.say(f"{self.package} failed and is left out from here on; the run goes on: {first_line(error)}")
 
 
 def trackers(config: Config, directory: Path) -> list[Tracker]:

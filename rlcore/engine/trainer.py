@@ -22,7 +22,7 @@ import torch
 import rlcore as rl
 from rlcore.engine import checkpoint
 from rlcore.engine.config import Config, validate
-from rlcore.engine.errors import Interrupted, UserError
+from rlcore.engine.errors import Interrupted, UserError, first_line
 from rlcore.engine.evaluate import evaluate
 from rlcore.engine.logging import RunLog
 from rlcore.engine.model import check_fit, load_start, load_trained, save_merged
@@ -168,7 +168,7 @@ def choose_device(config: Config) -> torch.device:
         # Read back: on the device meta there are no numbers.
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
+        reason = first_line(error).split(". ")[0]
         raise UserError(f"device: {name!r} can not be used: {reason}") from None
     return torch.device(name)
 

@@ -346,6 +346,30 @@ def test_code_channel():
         score("code", [GOOD], problem("", tests=[3]))
 
 
+@pytest.mark.parametrize("tests", ["", [3]])
+def test_a_row_without_tests_leaves_the_others_side_by_side(monkeypatch, tests):
+    """Two programs that each wait until the other has started: one after the other they would wait in vain."""
+    both = threading.Barrier(2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1})
+
+    def started_together(job: dict) -> float:
+        both.wait(timeout=10)
+        return 1.0
+
+    monkeypatch.setattr("rlcore.engine.reward_kinds.run_program", started_together)
+    rows = [problem("", tests=tests), problem("a = 1"), problem("b = 2")]
+    settings = RewardConfig(channels={"a": "code"}, on_error="zero")
+    scores = Rewards(settings, lambda p, text: 0.0)(rows, [GOOD] * 3)
+    assert scores.total.tolist() == [0.0, 1.0, 1.0] and len(scores.failures) == 1
+    assert ("a pair of texts" if tests else "there are no tests") in scores.failures[0]
+
+
+@pytest.mark.parametrize("body", ["def f(response): assert response != 'bad'; return 1", "raise KeyError"])
+def test_an_exception_without_a_message(tmp_path, body):
+    with pytest.raises(UserError, match=r"(AssertionError|KeyError)(;|$)"):
+        score(user_file(tmp_path, body), ["ok", "bad"])
+
+
 def test_a_run_survives_failures(tiny, tmp_path, capsys):
     """reward.on_error = zero: counted, told, logged per channel; the run goes on to its last step."""
     body = "def f(responses):\n    return [1.0] * len(responses)\ndef g(response): raise KeyError(response)"
