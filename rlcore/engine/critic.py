@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import rlcore as rl
+from rlcore.adapters.transformers import unwrap
 from rlcore.engine.config import CriticConfig, UpdateConfig
 from rlcore.engine.policy import Policy, Prompts, Responses
 
@@ -15,14 +17,14 @@ from rlcore.engine.policy import Policy, Prompts, Responses
 class Critic(nn.Module):
     """V [N]: one value before every answer token, from the hidden state that predicts it; 0 everywhere at first.
 
-    It starts from the policy's weights, shares none with it, and has an optimizer of its own.
+    It starts from the policy's weights, shares none that train with it, and has an optimizer of its own.
     """
 
     def __init__(self, policy: Policy, config: CriticConfig, update: UpdateConfig) -> None:
         super().__init__()
         self.config = config
         self.trunk = copy.copy(policy)
-        self.model = self.trunk.model = copy.deepcopy(policy.model)
+        self.model = self.trunk.model = copy_without_head(policy.model)
         size = self.model.config.get_text_config().hidden_size
         self.head = nn.Linear(size, 1, device=policy.device)
         nn.init.zeros_(self.head.weight)
@@ -49,6 +51,13 @@ class Critic(nn.Module):
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
+
+
+def copy_without_head(model: Any) -> Any:
+    """A copy of what trains; what is frozen is the model's own, and nothing stands in place of the head of words."""
+    # deepcopy takes what it finds under an object's id for the copy of it.
+    done: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, {**done, id(unwrap(model).get_output_embeddings()): nn.Identity()})
 
 
 def explained_variance(value: Tensor, returns: Tensor, mask: Tensor | None = None) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlcore.engine.arguments import parse
 from rlcore.engine.config import Config, validate
-from rlcore.engine.config_file import changes, load_toml
+from rlcore.engine.config_file import changes, flatten, load_toml
 from rlcore.engine.errors import UserError
 from rlcore.engine.tasks import DEFAULTS
 from rlcore.methods import methods
@@ -63,10 +63,15 @@ def resolve(arguments: list[str]) -> Resolved:
     task = value_of("--task.name", arguments) or config.task.name
     task = "" if config.task.data or config.task.mixture else task
     config = layer(with_keys(Config(), DEFAULTS.get(task, {})), f"the task {task}")
-    own = methods()[method].defaults if method in methods() else {}
+    own = published(method)
     config = layer(with_keys(config, own), f"the method {method}")
     for file in files:
+        before = flatten(config)
         config = layer(load_toml(file, config), str(file))
+        if resume is not None and file == files[0] and config.method != method:
+            # The run's file holds every key: those of its old method are as little a choice as those of the new one.
+            other = {key: before[key] for key in {**published(config.method), **own}}
+            config = layer(with_keys(config, other), f"the method {method}")
     place = config.dir, config.name
     if resume is not None:
         directory = config_of(resume).parent
@@ -78,6 +83,11 @@ def resolve(arguments: list[str]) -> Resolved:
     if resume is not None and (config.dir, config.name) != place:
         raise UserError(f"--resume: the run keeps its place {resume}; leave --dir and --name out")
     return Resolved(config, sources, resume is not None, command.dry_run)
+
+
+def published(method: str) -> dict[str, Any]:
+    """The settings that belong to a method; none for a name that is unknown."""
+    return methods()[method].defaults if method in methods() else {}
 
 
 def config_of(run: str) -> Path:

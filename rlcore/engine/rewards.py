@@ -131,7 +131,7 @@ class Answers:
             try:
                 scores[at] = finite(value)
             except ValueError as error:
-                self.fail(at, str(error))
+                self.fail(at, told(error))
         return scores
 
     def fail(self, at: int, reason: str) -> None:

@@ -7,9 +7,10 @@ one optimizer step each; a minibatch goes through the model in micro-batches who
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,48 +135,24 @@ class Learner:
             for chosen in order.tensor_split(config.update.minibatches):
                 groups = chosen.sort().values.tolist()
                 sequences = torch.tensor([g * G + i for g in groups for i in range(G)], device=batch.device)
-                minibatch = take(batch, sequences)
+                with clock("forward_backward"):
+                    micros = list(micro_batches(rollout, take(batch, sequences), groups, config))
                 if policy_learns:
-                    steps["policy"].append(self.policy_step(rollout, minibatch, groups, objective, clock))
+                    loss_of = partial(self.policy.loss, objective=objective)
+                    steps["policy"].append(one_step(micros, loss_of, self.policy_step, clock))
                 if self.critic is not None:
-                    steps["critic"].append(self.critic_step(self.critic, rollout, minibatch, groups, critic_lr, clock))
+                    step_of = partial(self.critic.step, critic_lr)
+                    steps["critic"].append(one_step(micros, self.critic.loss, step_of, clock))
         return {f"{who}/{key}": x for who, taken in steps.items() for key, x in over_steps(taken).items()}
 
-    def policy_step(
-        self, rollout: Rollout, minibatch: rl.TokenBatch, groups: list[int], objective: rl.Objective, clock: Stopwatch
-    ) -> dict[str, Tensor]:
-        parts: list[dict[str, Tensor]] = []
-        with clock("forward_backward"):
-            for micro in micro_batches(rollout, minibatch, groups, self.config):
-                loss, metrics = self.policy.loss(*micro, objective)
-                loss.backward()
-                parts.append(metrics)
-        with clock("optimizer"):
-            norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), self.config.update.max_grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            if self.average is not None:
-                self.average.update()
-        return {**rl.merge_metrics(parts), "grad_norm": norm}
-
-    def critic_step(
-        self,
-        critic: Critic,
-        rollout: Rollout,
-        minibatch: rl.TokenBatch,
-        groups: list[int],
-        lr: float,
-        clock: Stopwatch,
-    ) -> dict[str, Tensor]:
-        parts: list[dict[str, Tensor]] = []
-        with clock("forward_backward"):
-            for micro in micro_batches(rollout, minibatch, groups, self.config):
-                loss, metrics = critic.loss(*micro)
-                loss.backward()
-                parts.append(metrics)
-        with clock("optimizer"):
-            norm = critic.step(lr)
-        return {**rl.merge_metrics(parts), "grad_norm": norm}
+    def policy_step(self) -> Tensor:
+        """One optimizer step of the policy; returns the norm of the gradient before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), self.config.update.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update()
+        return norm
 
     def evaluated(self) -> AbstractContextManager[None]:
         """Inside the block the policy has the weights that evaluations use: the moving average where there is one."""
@@ -222,6 +199,23 @@ def micro_batches(rollout: Rollout, batch: rl.TokenBatch, groups: Any, config: C
         assert micro.sequences is not None
         own = groups[micro.sequences.start // G : micro.sequences.stop // G]
         yield [rollout.prompts[g] for g in own], [rollout.responses[g] for g in own], micro
+
+
+def one_step(
+    micros: list[Micro], loss_of: Callable[..., Any], step: Callable[[], Tensor], clock: Stopwatch
+) -> dict[str, Tensor]:
+    """The gradients of a minibatch's micro-batches, then an optimizer step; returns the metrics of the losses.
+
+    loss_of gives loss and metrics of a micro-batch; step gives the norm of the gradient."""
+    parts: list[dict[str, Tensor]] = []
+    with clock("forward_backward"):
+        for micro in micros:
+            loss, metrics = loss_of(*micro)
+            loss.backward()
+            parts.append(metrics)
+    with clock("optimizer"):
+        norm = step()
+    return {**rl.merge_metrics(parts), "grad_norm": norm}
 
 
 def over_steps(steps: list[dict[str, Tensor]]) -> dict[str, float]:

@@ -215,6 +215,26 @@ def test_precedence(tiny, tmp_path, monkeypatch):
     assert (runs[3][0].dir, runs[3][0].name) == ("runs", "old")
 
 
+def test_another_method_on_resume_brings_its_settings(tiny, tmp_path, capsys):
+    """Told with all other changes; what belongs to no method stays, and the command line goes before all."""
+    from rlcore.engine.resolve import resolve
+    from rlcore.engine.trainer import train
+
+    grpo = tiny(steps=2, update__epochs=3)
+    train(grpo)
+    run = str(tmp_path / "run")
+    dapo = resolve(["--resume", run, "--method", "dapo", "--steps", "3", "--rollout.overlong-buffer", "0.5"]).config
+    capsys.readouterr()
+    train(dapo, resume=True)
+    out = capsys.readouterr().out
+    for change in ("method 'grpo' -> 'dapo'", "rollout.dynamic_sampling False -> True", "overlong_buffer 0.0 -> 0.5"):
+        assert change in out
+    same = resolve(["--resume", run]).config
+    assert same == dapo and same.update.epochs == 3 and same.update.lr == grpo.update.lr
+    loop = resolve(["--resume", run, "--method", "loop"]).config
+    assert (loop.rollout.dynamic_sampling, loop.rollout.overlong_buffer, loop.update.epochs) == (False, 0.0, 2)
+
+
 def test_a_stored_config_serves_another_run(tiny, tmp_path, monkeypatch):
     """runs/NAME/config.toml as --config: a name and a place of its own."""
     from rlcore.engine import trainer

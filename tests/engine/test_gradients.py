@@ -16,7 +16,7 @@ from rlcore.engine.config import Config
 from rlcore.engine.policy import Policy
 from rlcore.engine.reference import Reference
 from rlcore.engine.resolve import with_keys
-from rlcore.engine.rollout import Rollout, roll_out
+from rlcore.engine.rollout import Rollout, roll_out, take
 from rlcore.engine.seeding import generator
 from rlcore.engine.timing import Stopwatch
 from rlcore.engine.update import Learner
@@ -170,29 +170,24 @@ def test_gradients_are_those_of_the_formula(small, key, monkeypatch):
         return sum(value_loss_of_answer(now[s], old_value[s], returns[s], tokens) for s in chosen)
 
     clip_gradients = torch.nn.utils.clip_grad_norm_
-    minibatch: list = []
+    groups: list[int] = []
 
     def before_the_step(parameters, most):
-        who, groups = minibatch
-        assert most == {"policy": 0.5, "critic": 0.25}[who]
-        if who == "policy":
+        trained = list(parameters)
+        if trained[0] is next(policy.model.parameters()):
             answers = G * len(groups)
-            compare(who, [policy.model], groups, lambda *args: of_policy(*args, answers))
+            compare("policy", [policy.model], groups, lambda *args: of_policy(*args, answers))
+            assert most == 0.5
         else:
-            compare(who, [critic.model, critic.head], groups, of_critic)
-        return clip_gradients(parameters, most)
+            compare("critic", [critic.model, critic.head], groups, of_critic)
+            assert most == 0.25
+        return clip_gradients(trained, most)
 
-    def noted(who, place):
-        original = getattr(Learner, f"{who}_step")
+    def noted(batch, sequences):
+        groups[:] = (sequences[::G] // G).tolist()
+        return take(batch, sequences)
 
-        def step(self, *args):
-            minibatch[:] = who, args[place]
-            return original(self, *args)
-
-        monkeypatch.setattr(Learner, f"{who}_step", step)
-
-    noted("policy", 2)
-    noted("critic", 3)
+    monkeypatch.setattr("rlcore.engine.update.take", noted)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", before_the_step)
     learner.learn(rollout, reward, 1, Stopwatch())
     assert checked == {"policy": 4, "critic": 4 if key == "ppo" else 0}

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 import rlcore as rl
 from rlcore.engine import checkpoint, lora
-from rlcore.engine.config import ModelConfig, validate
+from rlcore.engine.config import CriticConfig, ModelConfig, UpdateConfig, validate
+from rlcore.engine.critic import Critic
 from rlcore.engine.errors import UserError
 from rlcore.engine.logging import read
 from rlcore.engine.model import load, load_or_make
@@ -219,6 +220,19 @@ def test_adapters_go_onto_no_other_weights(tiny, small, tmp_path):
         load(saved)
     with pytest.raises(UserError, match="its adapters belong to the weights of"):
         train(dataclasses.replace(config, steps=3), resume=True)
+
+
+def test_a_critic_shares_the_frozen_weights_alone(small):
+    policy = Policy(adapted(small), 0)
+    critic = Critic(policy, CriticConfig(), UpdateConfig())
+    own = dict(policy.model.named_parameters())
+    for name, parameter in critic.model.named_parameters():
+        assert (parameter is own[name]) != ("lora_" in name) and torch.equal(parameter, own[name])
+    torch.nn.init.ones_(critic.head.weight)
+    before, loss = gradients(policy)[0], critic(PROMPTS, RESPONSES).square().sum()
+    loss.backward()
+    critic.step(0.1)
+    assert critic(PROMPTS, RESPONSES).square().sum() != loss and gradients(policy)[0] == before
 
 
 @pytest.mark.parametrize("method", ["grpo", "ppo"])

@@ -20,7 +20,7 @@ from rlcore.engine.logging import RunLog
 from rlcore.engine.policy import Policy
 from rlcore.engine.reference import Reference
 from rlcore.engine.resolve import with_keys
-from rlcore.engine.rollout import roll_out
+from rlcore.engine.rollout import roll_out, take
 from rlcore.engine.seeding import generator
 from rlcore.engine.timing import Stopwatch, own_share
 from rlcore.engine.trainer import train
@@ -127,6 +127,21 @@ def test_values_of_both_layouts(small):
     torch.testing.assert_close(*values, rtol=0, atol=1e-5)
 
 
+def test_a_critic_has_no_head_of_words(small):
+    """Its checkpoint and its optimizer's names hold the trunk and the value alone; the policy keeps its head."""
+    import copy
+
+    model = copy.deepcopy(small[0])
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    for layout in ("tree", "padded"):
+        critic = Critic(Policy(model, 0, layout), CriticConfig(), UpdateConfig())
+        words = [name for name, p in critic.named_parameters() if p.shape == model.lm_head.weight.shape]
+        assert words == ["model.model.embed_tokens.weight"]
+        assert critic(PROMPTS, RESPONSES).shape == (9,)
+    assert model.get_output_embeddings().weight.shape[0] == len(small[1])
+
+
 def test_explained_variance():
     returns = torch.tensor([0.0, 1.0, 2.0, 3.0])
     assert explained_variance(returns, returns) == 1
@@ -174,7 +189,12 @@ def test_optimizers_and_objective_take_their_settings(started):
 
 def test_every_pass_deals_the_prompts_anew(started, monkeypatch):
     dealt: list = []
-    monkeypatch.setattr(Learner, "policy_step", lambda self, rollout, part, groups, *rest: dealt.append(groups) or {})
+
+    def noted(batch, sequences):
+        dealt.append((sequences[::3] // 3).tolist())
+        return take(batch, sequences)
+
+    monkeypatch.setattr("rlcore.engine.update.take", noted)
     learner, rollout, reward = started("grpo", **{"update.epochs": 2, "update.minibatches": 2})
     for step in (1, 2):
         learner.learn(rollout, reward, step, Stopwatch())
