@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -46,10 +47,16 @@ def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
     What a token adds to the one before it, since some tokenizers drop the space in front of a token that stands alone.
     A character made of several tokens shows as replacement characters.
     """
-    alone = tokenizer.batch_decode([[token] for token in ids])
-    pairs = tokenizer.batch_decode([list(pair) for pair in zip(ids, ids[1:])])
+    alone = [text(tokenizer, token) for token in ids]
+    pairs = [text(tokenizer, *pair) for pair in zip(ids, ids[1:])]
     rest = [pair.removeprefix(a) if pair.startswith(a) else b for a, b, pair in zip(alone, alone[1:], pairs)]
     return alone[:1] + rest
+
+
+@lru_cache(maxsize=2**16)
+def text(tokenizer: Any, *ids: int) -> str:
+    """What some tokens read as. Kept, since decoding a few tokens takes as long as writing them."""
+    return tokenizer.decode(ids)
 
 
 def numbers(x: Tensor) -> list[Any]:

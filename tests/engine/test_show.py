@@ -78,8 +78,8 @@ def test_pieces_keep_spaces_that_a_lone_token_loses():
     class Spaces:
         words = ("Hello", "world", "!")
 
-        def batch_decode(self, rows):
-            return [" ".join(self.words[i] for i in row).replace(" !", "!") for row in rows]
+        def decode(self, ids):
+            return " ".join(self.words[i] for i in ids).replace(" !", "!")
 
     assert pieces(Spaces(), [0, 1, 2]) == ["Hello", " world", "!"]
     assert pieces(Spaces(), [2]) == ["!"]
