@@ -210,7 +210,8 @@ def write(outcomes: list[Outcome], here: dict[str, Any], results: Path, pictures
     (results / "learning.md").write_text(
         f"# What the methods learn\n\n{facts}.\n\nHeld-out accuracy before and after. Asked: of every seed. Minutes: "
         f"steps and evaluations of the slowest seed, with so many runs side by side and so many threads each. Own "
-        "time: the median share of a step beside rollout, reward, forward, backward and optimizer; largest seed.\n\n"
+        "time: the median share of a step beside rollout, reward, forward, backward and optimizer; largest seed,"
+        " empty for runs of earlier versions.\n\n"
         f"{table(outcomes)}\n\n![held-out accuracy over steps](learning.png)\n"
     )
     overview(outcomes, results / "learning.png")
