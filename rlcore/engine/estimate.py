@@ -1,31 +1,36 @@
 """`rlcore train --dry-run`: what a run would be and need, from its config alone; nothing is trained, made or written.
 
-The model exists on torch's meta device, shapes without memory. What a layer keeps for its backward pass is counted by
-running it there with every saved tensor seen once, so it holds for any architecture. The estimate is of the tensors of
-a step at its fullest, every answer as long as allowed; Python, torch and the problems come on top. Against the measured
-peak of a small run on a CPU it is right within a factor of 1.5 (tests/engine/test_estimate.py).
+The model is made of fake tensors, shapes without memory. What its layers keep for the backward pass, in which dtype
+and with which adapters, is counted by running it on them with every saved tensor seen once, so it holds for any
+architecture. The estimate is of the tensors of a step at its fullest, every answer as long as allowed; Python, torch
+and the problems come on top. Against the measured peak of small runs on a CPU it is right within a factor of 1.5
+(tests/engine/test_estimate.py).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rlcore as rl
+from rlcore.adapters.transformers import decoder, unwrap
 from rlcore.algorithms.vocab_head_chunks import CHUNK_BYTES
+from rlcore.engine import lora
 from rlcore.engine.config import Config
 from rlcore.engine.config_file import flatten, to_toml
-from rlcore.engine.errors import UserError
-from rlcore.engine.model import character_tokenizer, check_fit, check_place, small_model
+from rlcore.engine.errors import UserError, first_line
+from rlcore.engine.model import base_dtype, character_tokenizer, check_fit, check_place, small_model
 from rlcore.engine.resolve import Resolved
 from rlcore.engine.rollout import encode
 from rlcore.engine.tasks import Task
 
 FLOAT = 4
-# Tokens of the row on the meta device from which the bytes per token follow.
+# Tokens of the first of two rows of fake tensors, and half those of the second, from which the bytes per token follow.
 PROBE = 64
 # Float32 tables [rows, V] that drawing a token needs at once: logits, log-probs, probabilities, their running sum.
 DRAW_TABLES = 4
@@ -67,8 +72,6 @@ def dry_run(resolved: Resolved) -> str:
     }
     for title, part in (("always", found.lasting), ("sampling", found.sampling), ("update", found.update)):
         rows[f"  {title}"] = ", ".join(f"{name} {size(count)}" for name, count in part.items() if count)
-    if config.model.lora_rank or config.model.gradient_checkpointing or config.model.dtype != "float32":
-        rows["  note"] = "full training in float32 is counted; adapters, bfloat16 and checkpointing change it"
     report = "\n".join(f"# {name:12} {text}" for name, text in rows.items())
     return f"{marked(config, resolved.sources)}\n{report}"
 
@@ -88,31 +91,49 @@ def marked(config: Config, sources: dict[str, str]) -> str:
 
 
 def shape_of(config: Config) -> tuple[Any, Any]:
-    """Tokenizer, and the model on the meta device. A model of the hub must have been downloaded before."""
-    if not config.model.path:
-        tokenizer = character_tokenizer()
-        with torch.device("meta"):
-            return tokenizer, small_model(config, len(tokenizer))
+    """Tokenizer, and the model with its adapters in fake tensors. A model of the hub must have been downloaded."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     path = config.model.path
-    check_place(path)
+    if path:
+        check_place(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        shape = AutoConfig.from_pretrained(path, local_files_only=True)
         with torch.device("meta"):
-            return tokenizer, AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.path: a dry run downloads nothing, and {path!r} is not whole here: {reason}") from None
+            if path:
+                tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+                shape = AutoConfig.from_pretrained(path, local_files_only=True)
+            else:
+                tokenizer = character_tokenizer()
+                shape = small_model(config, len(tokenizer)).config
+            model = AutoModelForCausalLM.from_config(shape, dtype=base_dtype(config))
+    except Exception as error:  # transformers and the operating system each raise what they like
+        raise UserError(
+            f"model.path: a dry run downloads nothing, and {path!r} is not whole here: {first_line(error)}"
+        ) from None
+    with torch.device("meta"):
+        return tokenizer, as_fake(lora.adapt(model, config.model) if config.model.lora_rank else model)
+
+
+def as_fake(model: Any) -> Any:
+    """The model with its tensors, which are on the meta device, as fake ones on the CPU, where there is autocast."""
+    made: dict[Tensor, Tensor] = {}
+    with FakeTensorMode():
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, x in table.items():
+                    if x is not None and x not in made:
+                        like = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+                        made[x] = nn.Parameter(like, x.requires_grad) if isinstance(x, nn.Parameter) else like
+                    table[name] = None if x is None else made[x]
+    return model
 
 
 def estimate(config: Config, model: Any, prompt: float, longest: int) -> Estimate:
     """Bytes of a run on `model`, whose prompts have `prompt` tokens on average and at most `longest`."""
     rollout, update = config.rollout, config.update
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    V, H = model.get_input_embeddings().weight.shape
+    weights, trained = bytes_of(model.parameters()), bytes_of(p for p in model.parameters() if p.requires_grad)
+    head = model.get_output_embeddings().weight
+    V, H = head.shape
     T = rollout.max_new_tokens
 
     group = rollout.samples * T
@@ -125,38 +146,57 @@ def estimate(config: Config, model: Any, prompt: float, longest: int) -> Estimat
 
     rows = max(rollout.prompts * rollout.samples, config.eval.batch * config.eval.samples)
     critic = "critic" in rl.methods()[config.method].needs
+    kept = of_forward_pass(model, config)
+    # The folded head keeps its gradients of weight and hidden until the loss is scaled.
+    folded = chunk + (V * H * FLOAT if head.requires_grad else 0) + answers * H * FLOAT
     return Estimate(
-        parameters,
+        sum(parameter.numel() for parameter in model.parameters()),
         lasting={
             "weights": weights,
-            "optimizer": 2 * weights,
-            "reference": weights if config.kl.place != "none" else 0,
-            "critic and its optimizer": 3 * weights if critic else 0,
-            "moving average": weights if update.ema else 0,
+            "optimizer": 2 * trained,
+            "reference": weights if config.kl.place != "none" and not config.model.lora_rank else 0,
+            "critic and its optimizer": 3 * trained if critic else 0,
+            "moving average": trained if update.ema else 0,
         },
         sampling={
-            "KV cache": rows * (longest + T) * cache_bytes(model),
+            "KV cache": int(rows * (longest + T) * kept.cache),
             "logits": rows * V * FLOAT * DRAW_TABLES,
+            "weights in bfloat16": kept.casts,
+            "weights beside their average": trained if update.ema else 0,
         },
         update={
-            "gradients": weights * (2 if critic else 1),
-            "activations": int(tokens * saved_bytes(model)),
-            # The folded head keeps its gradients of weight and hidden until the loss is scaled.
-            "logits": LOSS_TABLES * logits if padded else chunk + V * H * FLOAT + answers * H * FLOAT,
+            "gradients": trained * (2 if critic else 1),
+            "activations": int(tokens * kept.activations),
+            "logits": LOSS_TABLES * logits if padded else folded,
+            "weights in bfloat16": kept.casts,
         },
     )
 
 
-def cache_bytes(model: Any) -> int:
-    """Bytes of keys and values per token, all layers."""
-    shape = model.config.get_text_config()
-    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-    width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    return 2 * shape.num_hidden_layers * heads * width * model.get_input_embeddings().weight.element_size()
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def saved_bytes(model: Any) -> float:
-    """Bytes per token that the trunk keeps for its backward pass, weights left out."""
+class Kept(NamedTuple):
+    """Bytes that a forward pass leaves: for the backward pass and as KV cache, per token; casts of weights."""
+
+    activations: float
+    cache: float
+    casts: int
+
+
+def of_forward_pass(model: Any, config: Config) -> Kept:
+    """What the trunk keeps in the dtype of the run; with checkpointing the inputs of all layers and one layer whole."""
+    (first, cache), (second, _) = (saved_bytes(model, config, tokens) for tokens in (PROBE, 2 * PROBE))
+    shape = unwrap(model).config.get_text_config()
+    whole = (second - first) / PROBE
+    inputs = shape.num_hidden_layers * shape.hidden_size * unwrap(model).dtype.itemsize
+    kept = inputs + whole / shape.num_hidden_layers if config.model.gradient_checkpointing else whole
+    return Kept(kept, cache / PROBE, max(0, 2 * first - second))
+
+
+def saved_bytes(model: Any, config: Config, tokens: int) -> tuple[int, int]:
+    """Bytes that the trunk keeps of a row for its backward pass, weights left out; bytes of its KV cache."""
     seen: dict[int, Any] = {p.untyped_storage()._cdata: p for p in model.parameters()}
     total = 0
 
@@ -169,12 +209,15 @@ def saved_bytes(model: Any) -> float:
             total += storage.nbytes()
         return x
 
-    with linear_attention(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        ids = torch.zeros(1, PROBE, dtype=torch.int64, device="meta")
+    inner = unwrap(model)
+    mode = next(inner.parameters()).fake_mode
+    half = torch.autocast("cpu", torch.bfloat16, enabled=config.model.dtype == "bfloat16")
+    with mode, half, linear_attention(inner), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        ids = torch.zeros(1, tokens, dtype=torch.int64)
         # A mask of four dimensions is taken as it is: making one asks for values, which are not there.
-        mask = torch.ones(1, 1, PROBE, PROBE, dtype=torch.bool, device="meta")
-        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-    return total / PROBE
+        mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool)
+        out = decoder(inner)(input_ids=ids, attention_mask=mask, use_cache=True)
+    return total, bytes_of(x for layer in out.past_key_values.layers for x in (layer.keys, layer.values))
 
 
 class linear_attention:
@@ -195,7 +238,7 @@ class linear_attention:
         self.config._attn_implementation_internal = self.before
 
 
-class Kept(torch.autograd.Function):
+class KeepAll(torch.autograd.Function):
     """An output of the queries' shape that keeps its inputs and itself, as attention does."""
 
     @staticmethod
@@ -208,7 +251,7 @@ class Kept(torch.autograd.Function):
 def shapes_of_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    return Kept.apply(query, key, value).transpose(1, 2).contiguous(), None
+    return KeepAll.apply(query, key, value).transpose(1, 2).contiguous(), None
 
 
 def size(count: int) -> str:

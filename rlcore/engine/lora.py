@@ -23,6 +23,16 @@ BASE = "base.json"
 
 def add(model: Any, config: ModelConfig, seed: int) -> Any:
     """The model with fresh adapters, float32; all else is frozen. UserError where the targets do not exist."""
+    base = describe(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, "lora"))
+        adapted = adapt(model, config)
+    adapted._rlcore_base = base
+    return adapted.eval()
+
+
+def adapt(model: Any, config: ModelConfig) -> Any:
+    """PEFT's model around this one, with adapters from torch's random state."""
     peft = require_peft()
     targets: Any = config.lora_targets
     if targets != "all-linear":
@@ -35,17 +45,12 @@ def add(model: Any, config: ModelConfig, seed: int) -> Any:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    base = describe(model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(seed, "lora"))
-        try:
-            adapted = peft.get_peft_model(model, shape)
-        except ValueError as error:
-            raise UserError(
-                f"model.lora_targets: {config.lora_targets!r} does not fit this model: {first_line(error)}"
-            ) from None
-    adapted._rlcore_base = base
-    return adapted.eval()
+    try:
+        return peft.get_peft_model(model, shape)
+    except ValueError as error:
+        raise UserError(
+            f"model.lora_targets: {config.lora_targets!r} does not fit this model: {first_line(error)}"
+        ) from None
 
 
 def is_adapted(model: Any) -> bool:

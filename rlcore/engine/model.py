@@ -197,10 +197,9 @@ def check_causal(model: Any, path: Path | str) -> None:
 def load_or_make(config: Config, task: Task, device: torch.device, say: Callable[[str], None]) -> tuple[Any, Any]:
     """The base model of a run, without adapters, on `device`, and its tokenizer.
 
-    float32, or bfloat16 where adapters are trained in bfloat16. A warm-started model is kept under config.model.cache,
-    by a hash of everything it depends on.
+    A warm-started model is kept under config.model.cache, by a hash of everything it depends on.
     """
-    dtype = torch.bfloat16 if config.model.dtype == "bfloat16" and config.model.lora_rank else torch.float32
+    dtype = base_dtype(config)
     if config.model.path:
         model, tokenizer = load(config.model.path, dtype)
         if lora.is_adapted(model):
@@ -225,6 +224,11 @@ def load_or_make(config: Config, task: Task, device: torch.device, say: Callable
     # Read back, so that the first run has what later ones have, down to the bytes of the tokenizer's files.
     model, tokenizer = load(directory, dtype)
     return model.to(device), tokenizer
+
+
+def base_dtype(config: Config) -> torch.dtype:
+    """What the base is held in: float32, or bfloat16 where adapters are trained in bfloat16."""
+    return torch.bfloat16 if config.model.dtype == "bfloat16" and config.model.lora_rank else torch.float32
 
 
 def check_fit(model: Any, tokenizer: Any, task: Task, answer_length: int) -> None:

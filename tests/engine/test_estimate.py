@@ -14,7 +14,7 @@ import torch
 import rlcore as rl
 from rlcore.cli import main
 from rlcore.engine.config_file import load_toml, to_toml
-from rlcore.engine.estimate import estimate, saved_bytes, shape_of
+from rlcore.engine.estimate import estimate, of_forward_pass, shape_of
 from rlcore.engine.policy import Policy
 
 
@@ -73,7 +73,7 @@ def test_a_run_that_can_not_be_is_refused(capsys, tiny, tmp_path):
 
 
 def test_what_is_kept_for_the_backward_pass(tiny, small):
-    """The count on the meta device against the same count in a real forward pass through the packed trees."""
+    """The count on fake tensors against the same count in a real forward pass through the packed trees."""
     model, tokenizer, _ = small
     policy = Policy(model, tokenizer.pad_token_id, "tree")
     prompts, responses = [[5] * 20] * 4, [[[6 + i] * 30 for i in range(6)]] * 4
@@ -90,7 +90,7 @@ def test_what_is_kept_for_the_backward_pass(tiny, small):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         rl.trunk(policy.model, tree)
     real = sum(x.untyped_storage().nbytes() for x in list(seen.values())[before:]) / tree.M
-    assert saved_bytes(shape_of(tiny())[1]) == pytest.approx(real, rel=0.15)
+    assert of_forward_pass(shape_of(tiny())[1], tiny()).activations == pytest.approx(real, rel=0.15)
 
 
 MEASURE = """
@@ -108,7 +108,8 @@ from rlcore.engine.seeding import generator
 from rlcore.engine.tasks import Task
 from rlcore.engine.timing import Stopwatch
 from rlcore.engine.update import Learner
-from rlcore.engine.estimate import character_tokenizer, small_model
+from rlcore.engine import lora
+from rlcore.engine.model import base_dtype, character_tokenizer, prepare, small_model
 
 def endless(*arguments, **options):  # no answer ends early: a step at its fullest
     return sample(*arguments, **{**options, "eos_id": -1})
@@ -130,7 +131,10 @@ def growth(config):
 
 def step(config):
     tokenizer = character_tokenizer()
-    model = small_model(config, len(tokenizer)).eval()
+    model = small_model(config, len(tokenizer)).to(base_dtype(config)).eval()
+    if config.model.lora_rank:
+        model = lora.add(model, config.model, 0)
+    model = prepare(model, config)
     policy = Policy(model, tokenizer.pad_token_id, config.update.layout)
     learner = Learner(config, rl.methods()[config.method], policy, None)
     for k in (1, 2):
@@ -138,16 +142,23 @@ def step(config):
         problems = task.prompts(k - 1, config.rollout.prompts, 0)
         drawn = rollout.roll_out(model, tokenizer, task, problems, config.rollout, stream)
         learner.learn(drawn, drawn.reward, k, Stopwatch())
-    evaluate.evaluate(model, tokenizer, task, config, torch.device("cpu"), print)
+    with learner.evaluated():
+        evaluate.evaluate(model, tokenizer, task, config, torch.device("cpu"), print)
 
 torch.set_num_threads(1)
 configs = [load_toml(Path(path)) for path in sys.argv[1:]]
-config = configs[0]
-task = Task(config.task)
-few = dataclasses.replace(config.rollout, prompts=2, samples=2, max_new_tokens=2)
-little = dataclasses.replace(config, rollout=few, eval=dataclasses.replace(config.eval, batch=1, samples=1),
-    model=dataclasses.replace(config.model, hidden_size=32, heads=2, layers=1))
-step(little)  # what is imported and set up at first use
+task = Task(configs[0].task)
+
+def little(config):
+    return dataclasses.replace(
+        config,
+        rollout=dataclasses.replace(config.rollout, prompts=2, samples=2, max_new_tokens=2),
+        eval=dataclasses.replace(config.eval, batch=1, samples=1),
+        model=dataclasses.replace(config.model, hidden_size=32, heads=2, layers=1),
+    )
+
+for config in configs:
+    step(little(config))  # what is imported and set up at first use
 print(*map(growth, configs))
 """
 LARGER = {
@@ -170,6 +181,10 @@ CASES = {
         "eval__batch": 10,
         "eval__samples": 150,
     },
+    "adapters": {"update__micro_tokens": 1024, "model__lora_rank": 8},
+    "bfloat16": {"update__micro_tokens": 2048, "model__dtype": "bfloat16"},
+    "checkpointing": {"update__micro_tokens": 2048, "model__gradient_checkpointing": True},
+    "average": {"update__micro_tokens": 128, "update__ema": 0.9, "model__hidden_size": 384, "rollout__prompts": 2},
 }
 
 
