@@ -27,6 +27,7 @@ from rlcore.kernels.prefix_attention import (
     LOG2E,
     ROWS,
     Blocks,
+    ampere,
     finite_rows,
     hip,
     load_rows,
@@ -44,18 +45,20 @@ def query_blocks(D: int, dtype: torch.dtype) -> Blocks:
         return Blocks(32, 32, 8, 1) if D <= 64 else Blocks(16, 16, 8, 1)
     if hip():
         return Blocks(64, 32, 4, 1)
+    if ampere():
+        return Blocks(64, 32, 4, 2)
     return Blocks(128, 64, 8, 2) if D <= 128 else Blocks(64, 32, 8, 2)
 
 
 def key_blocks(D: int, dtype: torch.dtype) -> Blocks:
     """For dk and dv. Their two sums for 128 keys of 128 columns are half of the registers of 8 warps; 32 lanes at a
     time keep both tiles of scores beside them without a stack on sm_90. 128 keys rather than 64, as q and do are read
-    once per key tile."""
+    once per key tile. At 256 columns 16 bytes of stack are left, 704 with 32 lanes and one stage."""
     if dtype == torch.float32:
         return Blocks(32, 32, 8, 1) if D <= 64 else Blocks(16, 16, 8, 1)
     if hip():
         return Blocks(32, 64, 4, 1) if D <= 128 else Blocks(32, 32, 4, 1)
-    return Blocks(32, 128, 8, 2) if D <= 128 else Blocks(32, 64, 8, 1)
+    return Blocks(32, 128, 8, 2) if D <= 128 else Blocks(16, 64, 8, 2)
 
 
 @triton.jit(do_not_specialize=["pairs"])
