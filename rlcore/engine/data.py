@@ -183,13 +183,13 @@ def files_at(key: str, path: str) -> list[Path]:
     """The files that one path stands for; UserError where it names none."""
     place = Path(path).expanduser()
     if path and place.is_dir():
-        inside = sorted(file for file in place.iterdir() if file.suffix in SUFFIXES and file.is_file())
+        inside = sorted(file for file in place.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
         if not inside:
             raise UserError(f"{key}: no file in {path} ends with {', '.join(SUFFIXES)}")
         return inside
     if not path or not place.exists():
         raise UserError(f"{key}: there is no file {path!r}")
-    if place.suffix not in SUFFIXES:
+    if place.suffix.lower() not in SUFFIXES:
         raise UserError(
             f"{key} must name files that end with {', '.join(SUFFIXES)}, or a directory of them, got {path!r}"
         )
@@ -199,7 +199,7 @@ def files_at(key: str, path: str) -> list[Path]:
 
 
 def open_lines(path: Path, key: str, reject: Callable[[str], None]) -> Lines:
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return copy_parquet(path, key, reject)
     try:
         return Lines(str(path), path.open("rb"))

@@ -57,6 +57,12 @@ def test_rows_are_read_in_any_order(tmp_path):
     assert [p.prompt for p in rows] == ["первый", "b\nb", "c"] and rows[1].entry["metadata"]["answer"] == 2
 
 
+def test_endings_in_capitals(tmp_path):
+    path = write(tmp_path / "A.JSONL", sums(9))
+    for place in (path, tmp_path):
+        assert len(Rows(TaskConfig(), "task.data", [str(place)])) == 9
+
+
 def test_half_valid_files_keep_their_good_lines(tmp_path):
     bad = ['{"prompt": "x", "answer":', "[1]", {"prompt": "y"}, {"answer": 1}, {"prompt": "", "answer": 1}]
     bad += [
