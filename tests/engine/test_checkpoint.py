@@ -59,6 +59,9 @@ def test_only_the_last_are_kept(tmp_path, trained):
         save_at(tmp_path, step, trained)
     assert [p.name for p in found(tmp_path)] == ["step-000009", "step-000010"]
     assert not list(tmp_path.glob(".*"))
+    for step in (11, 999_999, 1_000_000):
+        save_at(tmp_path, step, trained, keep=5)
+    assert [int(p.name[5:]) for p in found(tmp_path)] == [9, 10, 11, 999_999, 1_000_000]
 
 
 def test_the_one_just_written_is_always_kept(tmp_path, trained):

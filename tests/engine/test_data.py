@@ -187,6 +187,20 @@ def test_templates_and_nested_fields(tmp_path):
     assert task_of(path, prompt_field="q.text", answer_field="").train[0].answer == ""
 
 
+def test_names_in_a_template_and_in_a_field(tmp_path):
+    """{question} is the prompt field, whatever a row calls question; a list has spaces; a.b may be one name."""
+    row = {"prompt": "P", "question": "Q", "a.b": "own", "a": {"b": "nested"}, "n": [1, [2, 3]]}
+    config = TaskConfig(answer_field="a.b", template="{question} {n}")
+    problem = Rows(config, "task.data", [str(write(tmp_path / "a.jsonl", [row]))])[0]
+    assert (problem.prompt, problem.answer) == ("P 1 2 3", "own")
+
+
+def test_what_is_in_the_files_is_known_by_its_hash(tmp_path):
+    """A model warmed up on some rows is not taken for others."""
+    digests = [task_of(write(tmp_path / "a.jsonl", sums(200, start))).digest for start in (0, 0, 1)]
+    assert digests[0] == digests[1] != digests[2] and digests[0]
+
+
 def test_parquet(tmp_path):
     """The rows of a Parquet file are those of the same JSON lines; a damaged file keeps the rest of the data."""
     pyarrow = pytest.importorskip("pyarrow")
@@ -287,6 +301,10 @@ def test_chats_in_the_data(tmp_path, small):
     tokenizer.chat_template = TEMPLATE
     chat = [[{"role": "system", "content": "S"}] * (i % 2) + [{"role": "user", "content": str(i)}] for i in range(100)]
     path = write(tmp_path / "a.jsonl", [{"prompt": messages, "answer": "1"} for messages in chat])
+    assert Rows(TaskConfig(chat=True), "", [str(path)]).repeated == 0
+    swapped = [{"content": message["content"], "role": message["role"]} for message in chat[1]]
+    again = write(tmp_path / "again.jsonl", [{"prompt": messages, "answer": "1"} for messages in (chat[1], swapped)])
+    assert Rows(TaskConfig(chat=True), "", [str(again)]).repeated == 1
     task = task_of(path, chat=True, system="D", held_out=100)
     task.fit(tokenizer, 60, 8)
     expected = {f"<s>{'S' if i % 2 else 'D'}\n<u>{i}\n<a>" for i in range(100)}
@@ -310,6 +328,10 @@ def test_the_beginning_of_text_is_not_doubled(tmp_path, small):
     ids = encode(tokenizer, [task.train[0].prompt])[0]
     backend.post_processor = before
     assert ids.count(tokenizer.eos_token_id) == 1 and ids[0] == tokenizer.eos_token_id
+    # Where the tokenizer adds none the template's stays.
+    task = task_of(tmp_path / "a.jsonl", chat=True)
+    task.fit(tokenizer, 100, 8)
+    assert encode(tokenizer, [task.train[0].prompt])[0][0] == tokenizer.eos_token_id
 
 
 def test_config_round_trip(tmp_path):

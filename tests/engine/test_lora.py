@@ -37,7 +37,7 @@ def batch() -> TokenBatch:
 
 def adapted(small, **changes):
     """The small model with adapters that do something: B is drawn, and not zero as at the start."""
-    model = lora.add(copy.deepcopy(small[0]), ModelConfig(lora_rank=4, **changes), seed=0)
+    model = lora.add(copy.deepcopy(small[0]), ModelConfig(**{"lora_rank": 4, **changes}), seed=0)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -121,12 +121,13 @@ def test_an_adapter_on_the_head_runs_padded(small):
     assert {name.split(".lora_")[0].rpartition(".")[2] for name in found} == {"q_proj", "lm_head"}
 
 
-def test_adapters_are_scaled_by_alpha_over_rank(small):
-    model = adapted(small, lora_alpha=6.0)
+@pytest.mark.parametrize("rank", [3, 4])
+def test_adapters_are_scaled_by_alpha_over_rank(small, rank):
+    model = adapted(small, lora_rank=rank, lora_alpha=6.0)
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if "layers.1.mlp.up_proj" in name}
     a, b, before = (next(x for name, x in weights.items() if part in name) for part in ("lora_A", "lora_B", "base"))
     after = lora.merged(model).model.layers[1].mlp.up_proj.weight
-    torch.testing.assert_close(after - before, 6.0 / 4 * b @ a, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(after - before, 6.0 / rank * b @ a, rtol=1e-4, atol=1e-6)
 
 
 def test_saved_adapters_are_the_same_bytes_in_every_process(small, tmp_path):

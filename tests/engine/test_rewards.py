@@ -50,6 +50,7 @@ def user_file(tmp_path: Path, body: str) -> str:
         ("regex:\\bfour\\b", "4", ["it is four", "four"], ["fourteen", ""]),
         ("regex:answer: (\\S+)", "4", ["answer: 4", "answer: 3, no\nanswer: 4."], ["4", "answer: 4 answer: 5"]),
         ("regex:^a.*b$", "4", ["a\nb"], ["ab\nc"]),
+        ("regex:answer:(?: (4))?", "4", ["answer: 4"], ["answer: 5", "answer:"]),
         ("math", "1/2", ["$\\frac{1}{2}$", "so it is 0.5", "\\boxed{\\frac{2}{4}}"], ["1/3", "no idea", ""]),
         ("math", "\\frac{\\sqrt{2}}{2}", ["$\\frac{1}{\\sqrt{2}}$"], ["$\\sqrt{2}$"]),
         ("math", "yes", ["Yes"], ["no"]),
@@ -338,12 +339,21 @@ def test_code_channel():
             1,
             0,
         ]
+    both = problem(tests=[["3", "6"], ["4", "8"]])
+    assert score("code", ["print(int(input()) * 2)", "print(6)"], both).total.tolist() == [1, 0]
     with pytest.raises(UserError, match="no field 'cases' with tests"):
         score("code:cases", [GOOD], problem())
     with pytest.raises(UserError, match="there are no tests"):
         score("code", [GOOD], problem(""))
     with pytest.raises(UserError, match="a pair of texts"):
         score("code", [GOOD], problem("", tests=[3]))
+
+
+def test_programs_get_the_configured_limits(monkeypatch):
+    jobs: list[dict] = []
+    monkeypatch.setattr("rlcore.engine.reward_kinds.run_program", lambda job: jobs.append(job) or 1.0)
+    score("code", [GOOD], problem(TESTS), code_seconds=0.25, code_memory=64)
+    assert jobs == [{"program": GOOD, "tests": TESTS, "seconds": 0.25, "memory": 64 * 2**20}]
 
 
 @pytest.mark.parametrize("tests", ["", [3]])

@@ -24,7 +24,7 @@ def test_training_and_held_out_questions_are_disjoint():
     for seed in (0, 1):
         per_epoch = len(tasks[0].train) // 64 + 1
         seen |= {problem.prompt for step in range(2 * per_epoch) for problem in tasks[0].prompts(step, 64, seed)}
-    assert len(held_out) > 200
+    assert len(held_out) > 200 and len(tasks[0].train) > 4 * len(tasks[0].held_out)
     assert not seen & held_out
 
 
@@ -66,6 +66,10 @@ def test_questions_are_distinct_and_epochs_complete():
     assert len(set(epoch)) == len(epoch)
     assert task.prompts(3, 10, 0) == task.prompts(3, 10, 0)
     assert task.prompts(3, 10, 0) != task.prompts(3, 10, 1)
+    size = len(task.train)
+    first, second, *_ = ([p.prompt for p in task.prompts(epoch, size, 0)] for epoch in range(9))
+    assert first != second and sorted(first) == sorted(second)
+    assert len(task.orders) < 9  # each as long as the data
 
 
 def test_held_out_set_is_the_same_for_every_run_seed():
@@ -120,6 +124,20 @@ def test_mixtures():
     assert max(n for p in task.train if p.task == "countdown" for n in p.entry["metadata"]["numbers"]) == 12
     with pytest.raises(UserError, match=r"written TASK\.OPTION, got 'max_digits'"):
         Task(TaskConfig(mixture={"chain_sum": 1.0}, options={"max_digits": "1"}))
+
+
+def test_blocks_of_a_mixture_are_full(tmp_path):
+    """A weight so small that its task would have no prompt gets one, and the block keeps its size; a template is for
+    the files alone."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"prompt": "{i}?", "answer": {i}}}\n' for i in range(200)))
+    mixture = {"chain_sum": 1.0, "data": 1.0, "countdown": 1e-9}
+    task = Task(TaskConfig(pool=300, held_out=20, mixture=mixture, data=[str(path)], template="Q: {question}"))
+    assert task.in_block.tolist() == [500, 499, 1]
+    assert list(task.train) == [p for part in task.parts.values() for p in part.train]
+    drawn = [p for step in range(2) for p in task.prompts(step, 1000, seed=0)]
+    assert sum(p.task == "countdown" for p in drawn) == 2 and sum(p.task == "chain_sum" for p in drawn) == 1000
+    assert all(p.prompt.startswith("Q: ") == (p.task == "data") for p in drawn)
 
 
 def test_countdown_asks_the_same_problem_on_one_side_only():
