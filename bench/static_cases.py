@@ -52,5 +52,39 @@ def prefix_attention() -> dict[str, Case]:
     return {"bfloat16 head size 128": lambda: launch(torch.bfloat16, 128, None, None, None)}
 
 
-FAMILIES = {"segments": segments(), "prefix_attention": prefix_attention()}
-QUICK = {"segments": ["sum float32 masked"], "prefix_attention": ["bfloat16 head size 128"]}
+def policy_loss() -> dict[str, Case]:
+    import rlcore as rl
+    from rlcore.ops.policy_loss_triton import evaluate
+
+    def case(full: bool, dtype: torch.dtype, ratio: str, surrogate: str, estimator: str, aggregate: str) -> Case:
+        field = lambda: empty(4096, dtype=dtype)  # noqa: E731
+        objective, batch = rl.Objective(ratio, surrogate), {}
+        if full:
+            objective = rl.Objective(ratio, surrogate, dual_clip=3.0, correction=rl.TIS(), kl=rl.KL(estimator),
+                                     entropy=0.1, aggregate=aggregate, length=9.0)  # fmt: skip
+            names = ("ref_logp", "rollout_logp", "weight", "clip_low", "clip_high")
+            masks = {name: torch.ones(4096, dtype=torch.bool) for name in ("mask", "kl_mask")}
+            batch = {name: field() for name in names} | masks
+        offsets = torch.tensor([0, 4096])
+        rows = rl.TokenBatch(
+            torch.zeros(4096, dtype=torch.int64), offsets, advantage=field(), old_logp=field(),
+            segment=torch.zeros(4096, dtype=torch.int64), **batch,
+        )  # fmt: skip
+        return lambda: evaluate(empty(4096), empty(4096) if full else None, rows, objective, (True, full))
+
+    shapes = [("token", "ppo", "k1"), ("token", "ppo", "k2"), ("token", "ppo", "k3"), ("token", "cispo", "k3"),
+              ("token", "reinforce", "k3"), ("none", "reinforce", "k3"), ("sequence", "reinforce", "k3"),
+              ("segment", "ppo", "k3")]  # fmt: skip
+    cases = {" ".join((*shape, "full")): case(True, torch.float32, *shape, "token_mean") for shape in shapes}
+    cases["sequence ppo full"] = case(True, torch.float32, "sequence", "ppo", "k3", "seq_mean_token_mean")
+    cases["sequence ppo full bfloat16"] = case(True, torch.bfloat16, "sequence", "ppo", "k3", "token_mean")
+    cases["token ppo"] = case(False, torch.float32, "token", "ppo", "", "")
+    return cases
+
+
+FAMILIES = {"segments": segments(), "prefix_attention": prefix_attention(), "policy_loss": policy_loss()}
+QUICK = {
+    "segments": ["sum float32 masked"],
+    "prefix_attention": ["bfloat16 head size 128"],
+    "policy_loss": ["sequence ppo full"],
+}

@@ -408,3 +408,16 @@ def check_fields(batch: TokenBatch, objective: Objective) -> None:
     for name, is_needed in needed.items():
         if is_needed and getattr(batch, name) is None:
             raise ValueError(f"batch.{name}: the objective reads it, but the batch has none")
+
+
+# What the built-in objectives read of a batch, per token.
+FIELDS = ("advantage", "old_logp", "ref_logp", "rollout_logp", "weight", "clip_low", "clip_high")
+
+
+class Evaluated(NamedTuple):
+    """A loss with its metrics [K], in the order of `metric_names`, and gradients ([N] each, empty if not asked for)."""
+
+    loss: Tensor
+    metrics: Tensor
+    d_logp: Tensor
+    d_entropy: Tensor

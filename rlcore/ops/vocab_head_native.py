@@ -6,17 +6,14 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms import vocab_head_chunks as chunks
-from rlcore.algorithms.objective import Objective
-from rlcore.algorithms.policy_loss import Metrics, PreparedBatch
 from rlcore.algorithms.vocab_head_chunks import TORCH, Coefficients, RowPasses, Rows, RowStatistics, Scale
 from rlcore.ops import backend
-from rlcore.ops.policy_loss_native import is_native as is_native_objective
-from rlcore.ops.policy_loss_native import native_chunk
+from rlcore.ops.policy_loss_raw import evaluate_chunk
 
 
 def row_passes() -> RowPasses:
     """The row passes of the backend in force: C++ where it is built and not ruled out."""
-    return NATIVE if backend.requested() in (None, "native") and backend.native() is not None else TORCH
+    return NATIVE if backend.requested() in (None, "native") and backend.native() is not None else OTHER
 
 
 def is_native(logits: Tensor) -> bool:
@@ -81,13 +78,5 @@ def gradient_(
     return z[:count], keep
 
 
-def objective(
-    logp: Tensor, entropy: Tensor, prepared: PreparedBatch, start: int, stop: int, structure: Objective, gradients: bool
-) -> tuple[Tensor, Metrics, Tensor | None, Tensor | None] | None:
-    """`chunk_loss` with its gradients in C++, or None where the objective is not built in."""
-    if not is_native_objective(logp, entropy, structure):
-        return None
-    return native_chunk(logp, entropy, prepared, start, stop, structure, gradients)
-
-
-NATIVE = RowPasses(statistics_, gradient_, objective)
+NATIVE = RowPasses(statistics_, gradient_, evaluate_chunk)
+OTHER = TORCH._replace(objective=evaluate_chunk)

@@ -19,6 +19,7 @@ from rlcore.algorithms.policy_loss import chunk_loss, metric_names, prepare_chun
 from rlcore.layout import Totals
 from rlcore.ops import backend
 from rlcore.ops import policy_loss_native as native
+from rlcore.ops import policy_loss_raw as raw
 
 needs_native = pytest.mark.skipif(backend.native() is None, reason="rlcore._native is not built")
 pytestmark = needs_native
@@ -235,14 +236,14 @@ def test_chunks_equal_chunk_loss(ratio):
         x, h = logp.detach()[start:stop].requires_grad_(), entropy.detach()[start:stop].requires_grad_()
         want, named = chunk_loss(x, h, prepared, start, stop, objective)
         expected = torch.autograd.grad(want, (x, h))
-        loss, metrics, *got = native.native_chunk(x.detach(), h.detach(), prepared, start, stop, objective)
+        loss, metrics, *got = raw.evaluate_chunk(x.detach(), h.detach(), prepared, start, stop, objective)
         torch.testing.assert_close(loss, want.detach(), rtol=1e-5, atol=1e-6)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
         assert metrics.keys() == named.keys()
         for key in named:
             torch.testing.assert_close(metrics[key], named[key], rtol=1e-5, atol=1e-6, msg=key)
-        only, _, d_logp, d_entropy = native.native_chunk(x, h, prepared, start, stop, objective, gradients=False)
+        only, _, d_logp, d_entropy = raw.evaluate_chunk(x, h, prepared, start, stop, objective, gradients=False)
         assert torch.equal(only, loss) and d_logp is None and d_entropy is None
 
 
