@@ -29,6 +29,22 @@ def segments() -> dict[str, Case]:
             mask = empty(4096, dtype=torch.bool) if masked else None
             x, offsets = empty(4096, dtype=dtype), torch.zeros(9, dtype=torch.int64)
             cases[label] = lambda x=x, offsets=offsets, mask=mask: kernels.segment_sum_count(x, offsets, mask)
+    return cases | scans()
+
+
+def scans() -> dict[str, Case]:
+    from rlcore.kernels.segments_scan import reverse_scan
+
+    def case(kind: str, inputs: int, sequences: int, dtype: torch.dtype, full: bool) -> Case:
+        xs = tuple(empty(4096, dtype=dtype) for _ in range(inputs))
+        offsets, mask = torch.zeros(sequences + 1, dtype=torch.int64), empty(4096, dtype=torch.bool)
+        rest = (mask, empty(sequences), xs[0], xs[0]) if full else (None, None, 0.9, 0.9)
+        return lambda: reverse_scan(kind, xs, sequences, offsets if full else None, *rest)
+
+    cases = {}
+    for kind, inputs in (("return", 1), ("gae", 2), ("vtrace", 3)):
+        cases[f"{kind} long full"] = case(kind, inputs, 4, torch.float32, True)
+    cases["gae short"] = case("gae", 2, 64, torch.float32, False)
     return cases
 
 
@@ -84,7 +100,7 @@ def policy_loss() -> dict[str, Case]:
 
 FAMILIES = {"segments": segments(), "prefix_attention": prefix_attention(), "policy_loss": policy_loss()}
 QUICK = {
-    "segments": ["sum float32 masked"],
+    "segments": ["sum float32 masked", "vtrace long full"],
     "prefix_attention": ["bfloat16 head size 128"],
     "policy_loss": ["sequence ppo full"],
 }

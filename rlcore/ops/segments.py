@@ -1,10 +1,11 @@
 """The segments family with its backends: the functions of `rlcore.algorithms.segments`, on the fastest code there is.
 
-Eagerly on the CPU, where nothing asks for a gradient, each of them is one C++ call (`segments_native`). Where a
-gradient is asked for, or torch.compile traces, two have forms of their own: `segment_sum` over offsets (and
-`segment_mean` made of it) runs in C++ on the CPU and in Triton on CUDA, and the reverse scan is one custom op, which
-torch.compile does not look into, so that a new length never recompiles; its gradient is another reverse scan. The rest
-is plain torch there, as all of them are inside `rl.backend("reference")`.
+Eagerly on the CPU, where nothing asks for a gradient, each of them is one C++ call (`segments_native`); on CUDA the
+reverse scans are one launch each then (`segments_triton`). Where a gradient is asked for, or torch.compile traces, two
+have forms of their own: `segment_sum` over offsets (and `segment_mean` made of it) runs in C++ on the CPU and in Triton
+on CUDA, and the reverse scan is one custom op, which torch.compile does not look into, so that a new length never
+recompiles; its gradient is another reverse scan. The rest is plain torch, as all of them are inside
+`rl.backend("reference")`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rlcore.algorithms.segments_scan import Scan
 from rlcore.layout import sequence_id
 from rlcore.ops import backend
 from rlcore.ops import segments_native as native
+from rlcore.ops import segments_triton as triton
 
 __all__ = [
     "Advantages",
@@ -278,6 +280,13 @@ def _scan_for(*inputs: Tensor) -> Scan:
     return lambda delta, decay, last: _ReverseScan.apply(delta, decay, last, in_cpp)
 
 
+def _time_of(
+    xs: tuple[Tensor, ...], *arguments: Any
+) -> tuple[native.Time | triton.Time, tuple[float | Tensor, ...]] | None:
+    """The arguments of a scan for one call of C++ or one launch; None where they are for the reference."""
+    return native.time_of(xs, *arguments) or triton.time_of(xs, *arguments)
+
+
 def reverse_scan(
     delta: Tensor,
     decay: float | Tensor,
@@ -285,7 +294,7 @@ def reverse_scan(
     mask: Tensor | None = None,
     bootstrap: Tensor | None = None,
 ) -> Tensor:
-    if (ready := native.time_of((delta,), offsets, mask, bootstrap, (decay,))) is not None:
+    if (ready := _time_of((delta,), offsets, mask, bootstrap, (decay,))) is not None:
         return ready[0].scan(*ready[1])
     return reference.reverse_scan(delta, decay, offsets, mask, bootstrap, scan=_scan_for(delta))
 
@@ -299,7 +308,7 @@ def gae(
     mask: Tensor | None = None,
     bootstrap: Tensor | None = None,
 ) -> Advantages:
-    if (ready := native.time_of((reward, value), offsets, mask, bootstrap, (gamma, lam))) is not None:
+    if (ready := _time_of((reward, value), offsets, mask, bootstrap, (gamma, lam))) is not None:
         return Advantages(*ready[0].gae(*ready[1]))
     return reference.gae(reward, value, offsets, gamma, lam, mask, bootstrap, scan=_scan_for(reward, value))
 
@@ -311,7 +320,7 @@ def discounted_return(
     mask: Tensor | None = None,
     bootstrap: Tensor | None = None,
 ) -> Tensor:
-    if (ready := native.time_of((reward,), offsets, mask, bootstrap, (gamma,))) is not None:
+    if (ready := _time_of((reward,), offsets, mask, bootstrap, (gamma,))) is not None:
         return ready[0].scan(*ready[1])
     return reference.discounted_return(reward, offsets, gamma, mask, bootstrap, scan=_scan_for(reward))
 
@@ -330,7 +339,7 @@ def vtrace(
 ) -> Advantages:
     xs = (reward, value, log_ratio)
     bounded = rho_bar > 0 and c_bar > 0
-    if bounded and (ready := native.time_of(xs, offsets, mask, bootstrap, (gamma, lam))) is not None:
+    if bounded and (ready := _time_of(xs, offsets, mask, bootstrap, (gamma, lam))) is not None:
         return Advantages(*ready[0].vtrace(rho_bar, c_bar, *ready[1]))
     return reference.vtrace(*xs, offsets, gamma, lam, rho_bar, c_bar, mask, bootstrap, scan=_scan_for(*xs))
 

@@ -202,16 +202,14 @@ def native_scans(*xs: object) -> bool:
     return backend.requested() == "native"
 
 
-def time_of(
+def axis_of(
     xs: tuple[Tensor, ...],
     offsets: Tensor | None,
     mask: Tensor | None,
     bootstrap: Tensor | None,
     coefficients: tuple[float | Tensor, ...],
-) -> tuple[Time, tuple[float | Tensor, ...]] | None:
-    """The time axis of `xs` and the coefficients made ready for it; None where the C++ code does not take them."""
-    if not runs(*xs, offsets, mask, bootstrap, *coefficients) or not native_scans(*xs):
-        return None
+) -> tuple[Tensor | None, Tensor | None] | None:
+    """The offsets (None: padded) and the mask of a scan; None where the fast forms do not take its arguments."""
     if not all(isinstance(x, Tensor) and x.is_floating_point() and x.shape == xs[0].shape for x in xs):
         return None
     first, dtype = xs[0], result_dtype(*xs)
@@ -223,13 +221,30 @@ def time_of(
     )
     if not fits or (offsets is None and first.dim() != 2):
         return None
+    if offsets is not None:
+        offsets = flat_offsets_of(first, offsets, "reward").contiguous()
+    count = first.shape[0] if offsets is None else offsets.shape[0] - 1
+    if bootstrap is not None and bootstrap.shape != (count,):
+        return None
+    return offsets, read_mask(mask, first, "reward")
+
+
+def time_of(
+    xs: tuple[Tensor, ...],
+    offsets: Tensor | None,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    coefficients: tuple[float | Tensor, ...],
+) -> tuple[Time, tuple[float | Tensor, ...]] | None:
+    """The time axis of `xs` and the coefficients made ready for it; None where the C++ code does not take them."""
+    if not runs(*xs, offsets, mask, bootstrap, *coefficients) or not native_scans(*xs):
+        return None
+    axis = axis_of(xs, offsets, mask, bootstrap, coefficients)
+    if axis is None:
+        return None
+    (offsets, keep), first, dtype = axis, xs[0], result_dtype(*xs)
     if offsets is None:
         offsets = torch.arange(first.shape[0] + 1) * first.shape[1]
-    else:
-        offsets = flat_offsets_of(first, offsets, "reward").contiguous()
-    if bootstrap is not None and bootstrap.shape != (offsets.shape[0] - 1,):
-        return None
-    keep = read_mask(mask, first, "reward")
     ready = [x.to(dtype).contiguous() for x in xs]
     after = None if bootstrap is None else bootstrap.to(dtype).contiguous()
     time = Time(tuple(ready), first.shape, dtype, offsets, keep, after)
