@@ -34,10 +34,10 @@ from rlcore.kernels.policy_loss_terms import (
 )
 
 # A field begins anywhere (a chunk is cut at any row), so a thread loads single elements, neighbours side by side. With
-# 2 rows a thread the fullest objective takes 80 registers on sm_90, three programs to a processor: one adds up while
-# another loads. 4 rows a thread took 140, and one structure spilled. Not measured.
+# 4 rows a thread the fullest objective takes 138 registers on sm_90, three programs to a processor. With 2 of them
+# ptxas aims at 64 registers and spills 8 bytes of some objectives; so does 1024 rows with 8 warps. Not measured.
 BLOCK = 512
-NUM_WARPS = 8
+NUM_WARPS = 4
 # Programs whose partial results are read at once, 4 KiB per 32 programs; 16 warps keep 16 numbers each.
 MERGED = 256
 MERGE_WARPS = 16
