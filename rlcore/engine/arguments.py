@@ -28,16 +28,27 @@ def parse(cls: type[T], arguments: list[str], prog: str, default: T | None = Non
 
     hints = options(cls)
     check_names(hints, arguments, prog)
+    given_names = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    kept: dict[str, dict[str, Any]] = {}
+    if default is not None:
+        # tyro turns a dict that has entries into an option per entry; empty ones are KEY VALUE pairs.
+        kept = {name: field_of(default, name) for name in hints if typing.get_origin(plain(hints[name])) is dict}
+        for name in kept:
+            default = with_field(default, name, {})
     refusal = io.StringIO()
     try:
         with contextlib.redirect_stderr(refusal):
             if default is None:
                 return tyro.cli(cls, args=arguments, prog=prog, config=(tyro.conf.PositionalRequiredArgs,))
-            return tyro.cli(cls, args=arguments, prog=prog, default=default)
+            result = tyro.cli(cls, args=arguments, prog=prog, default=default)
     except SystemExit as exit:
         if exit.code in (0, None):
             raise
         raise UserError(f"{sentence(refusal.getvalue(), hints, arguments)} ({prog} --help lists all options)") from None
+    for name, value in kept.items():
+        if name not in given_names:
+            result = with_field(result, name, value)
+    return result
 
 
 def options(cls: type, prefix: str = "--") -> dict[str, Any]:
@@ -50,6 +61,20 @@ def options(cls: type, prefix: str = "--") -> dict[str, Any]:
         else:
             found[option] = hint
     return found
+
+
+def field_of(config: Any, option: str) -> Any:
+    """The value that an option has in a dataclass."""
+    for name in option.removeprefix("--").replace("-", "_").split("."):
+        config = getattr(config, name)
+    return config
+
+
+def with_field(config: Any, option: str, value: Any) -> Any:
+    """The dataclass with another value of an option."""
+    head, _, rest = option.removeprefix("--").replace("-", "_").partition(".")
+    inner = with_field(getattr(config, head), rest, value) if rest else value
+    return dataclasses.replace(config, **{head: inner})
 
 
 def check_names(hints: dict[str, Any], arguments: list[str], prog: str) -> None:

@@ -34,8 +34,8 @@ class Rows(Problems):
     """The problems of some files, each made when it is asked for.
 
     keys [R] uint64: hashes of the questions; sizes [R] uint32: UTF-8 bytes of the prompts, an upper bound of their
-    tokens; bad: rows that could not be used, `errors` the first of them, each with file and line; repeated: rows whose
-    question was there before, left out.
+    tokens; digest: a hash of questions and answers in their order; bad: rows that could not be used, `errors` the first
+    of them, each with file and line; repeated: rows whose question was there before, left out.
     """
 
     def __init__(self, config: TaskConfig, key: str, paths: list[str], name: str = "data") -> None:
@@ -44,14 +44,17 @@ class Rows(Problems):
         self.bad, self.errors, self.repeated = 0, list[str](), 0
         self.files = [open_lines(path, key, self.reject) for path in files_of(key, paths)]
         offsets, keys, sizes, files = array("Q"), array("Q"), array("I"), array("I")
+        content = hashlib.sha256()
         for number, file in enumerate(self.files):
             for offset, problem in self.scan(file):
                 offsets.append(offset)
                 keys.append(key_of(question_of(problem)))
+                content.update(keys[-1].to_bytes(8, "little") + problem.answer.encode() + b"\0")
                 sizes.append(size_of(problem))
                 files.append(number)
         # The first row of every question, in the order of the files.
         first = np.sort(np.unique(np.array(keys, np.uint64), return_index=True)[1])
+        self.digest = content.hexdigest()
         self.repeated = len(keys) - len(first)
         self.keys = np.array(keys, np.uint64)[first]
         self.offsets = np.array(offsets, np.uint64)[first]
@@ -118,11 +121,6 @@ class Rows(Problems):
         except UnicodeEncodeError:
             raise ValueError("half of a surrogate pair: not a text") from None
         return Problem(prompt, answer, entry, self.name)
-
-    @property
-    def digest(self) -> str:
-        """A hash of the questions, in their order."""
-        return hashlib.sha256(self.keys.tobytes()).hexdigest()
 
     @property
     def report(self) -> list[str]:

@@ -9,6 +9,7 @@ import pytest
 from rlcore.engine.config import Config, TaskConfig, validate
 from rlcore.engine.config_file import flatten, load_toml, to_toml
 from rlcore.engine.errors import UserError
+from rlcore.engine.resolve import resolve
 
 
 def write(tmp_path, text):
@@ -136,3 +137,12 @@ def test_defaults_are_valid_and_every_field_has_help():
         lines = source.splitlines()
         at = next(i for i, line in enumerate(lines) if line.startswith(f"    {field}: "))
         assert lines[at + 1].strip().startswith('"""'), name
+
+
+def test_pairs_on_the_command_line_take_the_place_of_those_of_a_file(tmp_path):
+    path = write(tmp_path, '[reward.channels]\ncorrect = "verifier"\n[task.options]\nmax_digits = 1\n')
+    command = ["--config", str(path), "--reward.channels", "form", "regex:a+", "right", "verifier"]
+    config = resolve(command).config
+    assert config.reward.channels == {"form": "regex:a+", "right": "verifier"}
+    assert config.task.options == {"max_digits": "1"}
+    assert resolve(command[:2]).config.reward.channels == {"correct": "verifier"}
