@@ -38,7 +38,7 @@ class RunLog:
                 self.keep_old()
             self.metrics = cut(directory / "metrics.jsonl", first_step)
             self.samples = cut(directory / "samples.jsonl", first_step)
-            self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
+            self.board: Any = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
         for record in read(directory / "metrics.jsonl"):
             self.screen.accuracy = record.get("eval/accuracy", self.screen.accuracy)
         for tracker in trackers:
