@@ -21,7 +21,7 @@ ARGS ?=
 TRAIN_READY := $(VENV)/.ready-train
 TEST_READY := $(VENV)/.ready-test
 PEERS_READY := $(PEERS_VENV)/.ready-peers
-NATIVE := csrc/CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+NATIVE := csrc/CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/CMakeLists.txt)
 SOURCES := Makefile pyproject.toml constraints.txt $(NATIVE)
 
 # Another TORCH_INDEX than the one a set-up was made with makes it anew; none keeps what is there.
@@ -82,6 +82,7 @@ learn: $(TEST_READY) ## train every method with three seeds, one table; ARGS="--
 
 static: $(TEST_READY) ## compile every GPU kernel for every target, record registers, spills and shared memory
 	$(VENV)/bin/python bench/compile_kernels.py --write $(ARGS)
+	$(VENV)/bin/python bench/compile_cuda.py --write
 
 lint: $(TEST_READY) ## ruff, clang-format
 	$(VENV)/bin/ruff check .

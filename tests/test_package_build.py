@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOOLS = {"scikit-build-core", "pybind11", "pip"} <= {
     re.sub(r"[-_.]+", "-", found.name).lower() for found in importlib.metadata.distributions()
 }
+NVCC = shutil.which("nvcc")
 COMPILER = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
 NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
 
@@ -33,7 +34,8 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compil
 
 def pip(*arguments: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
     """pip without the network: the build tools are those of this environment, dependencies stay out."""
-    env = {key: value for key, value in os.environ.items() if key not in ("RLCORE_NATIVE", "SKBUILD_CMAKE_DEFINE")}
+    ours = ("RLCORE_NATIVE", "RLCORE_CUDA", "SKBUILD_CMAKE_DEFINE")
+    env = {key: value for key, value in os.environ.items() if key not in ours}
     command = [sys.executable, "-m", "pip", *arguments, "--no-index", "--no-deps", "--disable-pip-version-check"]
     done = subprocess.run(command, env={**env, **variables}, capture_output=True, text=True)
     assert done.returncode == 0 or not check, done.stdout + done.stderr
@@ -74,6 +76,7 @@ def test_wheel_holds_the_package_the_kernels_and_the_extension(wheel: Path) -> N
     inside |= {str(path.relative_to(ROOT)) for path in (ROOT / "rlcore").rglob("*.py")}
     assert inside <= set(names)
     assert sum(name.startswith("rlcore/_native.") and not name.endswith(".pyi") for name in names) == 1
+    assert not [name for name in names if name.startswith("rlcore/_cuda.")]
     assert {"rlcore/py.typed", "rlcore/_native.pyi"} <= set(names)
     assert not [name for name in names if "__pycache__" in name]
 
@@ -98,6 +101,24 @@ def test_installed_wheel_is_native_and_has_kernels(wheel: Path, tmp_path: Path) 
     assert Path(file) == tmp_path / "rlcore" / "__init__.py"
     assert Path(kernels) == tmp_path / "rlcore" / "kernels"
     assert native == "live"
+    assert "rlcore._cuda was not built" in python(tmp_path, "import rlcore; print(rlcore.backends()['cuda'])")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None or NVCC is None, reason="needs a C++ compiler and nvcc")
+def test_cuda_is_built_where_it_is_asked_for(source: Path, tmp_path: Path) -> None:
+    pip("install", "--no-build-isolation", "--target", str(tmp_path), str(source),
+        SKBUILD_CMAKE_DEFINE="RLCORE_WERROR=ON", RLCORE_CUDA="1")  # fmt: skip
+    code = "import rlcore, rlcore._cuda as c; print(rlcore.backends()['native'], c.features()['cuda'])"
+    native, version = python(tmp_path, code).split()
+    assert native == "live" and int(version) > 0
+
+
+@needs_compiler
+def test_cuda_that_was_asked_for_and_can_not_be_built_is_an_error(source: Path, tmp_path: Path) -> None:
+    done = pip("install", "--no-build-isolation", "--target", str(tmp_path), str(source), check=False,
+               RLCORE_CUDA="1", CUDACXX="/bin/false")  # fmt: skip
+    assert done.returncode != 0
 
 
 @needs_compiler

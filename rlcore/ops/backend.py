@@ -88,9 +88,39 @@ def _triton_state() -> str:
 
 
 @functools.cache
+def _cuda() -> ModuleType | None:
+    try:
+        return importlib.import_module("rlcore._cuda")
+    except ImportError:
+        return None
+
+
+def cuda() -> ModuleType:
+    """The CUDA C++ extension `rlcore._cuda`, where `runs_cuda` allows it."""
+    module = _cuda()
+    assert module is not None
+    return module
+
+
+def runs_cuda(x: Tensor) -> bool:
+    """Whether an op on x runs in CUDA C++: only where that is asked for, since nothing was measured.
+
+    The tests put an emulation in the place of `rlcore._cuda`, which takes tensors of the CPU.
+    """
+    return _requested == "cuda" and (module := _cuda()) is not None and x.is_cuda == (module.features()["cuda"] > 0)
+
+
+def cuda_stream(x: Tensor) -> int:
+    """The stream that torch runs on, as an address."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
+@functools.cache
 def _cuda_state() -> str:
     if importlib.util.find_spec("rlcore._cuda") is None:
-        return "rlcore._cuda was not built"
+        return "rlcore._cuda was not built (set RLCORE_CUDA=1 at install time; it needs nvcc)"
+    if _cuda() is None:
+        return "rlcore._cuda was built but can not be loaded here"
     if not torch.cuda.is_available():
         return "no GPU that torch can use"
     return "live"

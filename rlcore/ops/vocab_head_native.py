@@ -9,10 +9,13 @@ from rlcore.algorithms import vocab_head_chunks as chunks
 from rlcore.algorithms.vocab_head_chunks import TORCH, Coefficients, RowPasses, Rows, RowStatistics, Scale
 from rlcore.ops import backend
 from rlcore.ops.policy_loss_raw import evaluate_chunk
+from rlcore.ops.vocab_head_cuda import CUDA
 
 
 def row_passes() -> RowPasses:
     """The row passes of the backend in force: C++ where it is built and not ruled out."""
+    if backend.requested() == "cuda":
+        return CUDA
     return NATIVE if backend.requested() in (None, "native") and backend.native() is not None else OTHER
 
 

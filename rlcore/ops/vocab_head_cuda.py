@@ -1,0 +1,88 @@
+"""The vocabulary head's row passes in CUDA C++ (csrc/cuda/vocab_head.cu), for `rl.backend("cuda")`; torch's elsewhere.
+
+Unlike the other passes these leave the logits of pass 1 as they are: pass 2 always starts from raw logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlcore.algorithms import vocab_head_chunks as chunks
+from rlcore.algorithms.vocab_head_chunks import Coefficients, RowPasses, Rows, RowStatistics, Scale
+from rlcore.ops import backend
+
+TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+Number = tuple[int, int, float]
+
+
+def takes(logits: Tensor) -> bool:
+    """Rows that the kernels read where they lie: of unit stride, and not overlapping."""
+    apart = logits.shape[0] < 2 or logits.stride(0) >= logits.shape[1]
+    return logits.dtype in TYPES and backend.runs_cuda(logits) and logits.stride(1) == 1 and apart
+
+
+def number(x: Tensor) -> Number:
+    """(address, stride, value): one per row or a number on the device by its address, one of the CPU by its value."""
+    return (x.data_ptr(), x.dim(), 0.0) if x.dim() or x.is_cuda else (0, 0, x.item())
+
+
+def chunk_of(logits: Tensor) -> tuple[int, str, int, int, int]:
+    stride = logits.stride(0) if logits.shape[0] > 1 else logits.shape[1]
+    return logits.data_ptr(), TYPES[logits.dtype], stride, logits.shape[0], logits.shape[1]
+
+
+def ready(scale: Scale) -> tuple[tuple[Tensor | None, Tensor], tuple[int, Number, Number, Number | None]]:
+    """(tensors to keep alive, addresses and numbers) of a scale."""
+    bias: Tensor | None = getattr(scale, "bias", None)
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    temperature = scale.temperature.contiguous()
+    cap = None if scale.softcap is None else number(scale.softcap)
+    return (bias, temperature), (
+        0 if bias is None else bias.data_ptr(), number(temperature), number(scale.logit_scale), cap,
+    )  # fmt: skip
+
+
+def statistics_(a: Tensor, target: Tensor, scale: Scale, entropy: bool) -> RowStatistics:
+    """`chunks.statistics_` in CUDA C++."""
+    if not takes(a):
+        return chunks.statistics_(a, target, scale, entropy)
+    maximum, log_sum, logp = (torch.empty(a.shape[0], device=a.device) for _ in range(3))
+    out = RowStatistics(maximum, log_sum, logp, torch.zeros_like(logp))
+    target, (_alive, numbers) = target.contiguous(), ready(scale)
+    addresses = [out.maximum.data_ptr(), out.log_sum.data_ptr(), out.logp.data_ptr(),
+                 out.entropy.data_ptr() if entropy else 0]  # fmt: skip
+    backend.cuda().vocab_head_statistics(
+        chunk_of(a), numbers, target.data_ptr(), addresses, backend.cuda_stream(a)
+    )
+    return out
+
+
+def gradient_(
+    z: Tensor, target: Tensor, stats: RowStatistics, d: Coefficients, scale: Scale, *, raw: bool, drop: bool = False
+) -> tuple[Tensor, Rows]:
+    """`chunks.gradient_` in CUDA C++. No row leaves: those without a coefficient are zeroed, and not read."""
+    if not takes(z):
+        return chunks.gradient_(z, target, stats, d, scale, raw=raw, drop=drop)
+    write_gradient(z, target, stats, d, scale, z)
+    return z, slice(0, z.shape[0])
+
+
+def write_gradient(
+    logits: Tensor, target: Tensor, stats: RowStatistics, d: Coefficients, scale: Scale, out: Tensor
+) -> None:
+    """d loss / d raw logits into `out`: the logits' own memory, or another of their type, or of 16 bits for float32."""
+    target, (_alive, numbers) = target.contiguous(), ready(scale)
+    stats = RowStatistics(*(x.contiguous() for x in stats))
+    d = Coefficients(d.logp.contiguous(), None if d.entropy is None else d.entropy.contiguous())
+    _, out_type, out_stride, *_ = chunk_of(out)
+    backend.cuda().vocab_head_gradient(
+        chunk_of(logits), numbers, target.data_ptr(),
+        [stats.maximum.data_ptr(), stats.log_sum.data_ptr(), stats.logp.data_ptr(), stats.entropy.data_ptr()],
+        d.logp.data_ptr(), 0 if d.entropy is None else d.entropy.data_ptr(),
+        out.data_ptr(), out_type, out_stride, backend.cuda_stream(logits),
+    )  # fmt: skip
+
+
+CUDA = RowPasses(statistics_, gradient_)
