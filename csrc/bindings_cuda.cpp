@@ -7,9 +7,11 @@
 #include <array>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "bindings.h"
 #include "cuda/launch.h"
+#include "cuda/segments.h"
 #include "cuda/vocab_head.h"
 
 namespace py = pybind11;
@@ -21,6 +23,10 @@ using rlcore::cuda::Type;
 void check(int error) {
     if (error < 0) throw std::invalid_argument("dtypes: no kernel for these");
     if (error != 0) throw std::runtime_error(cudaGetErrorString(static_cast<cudaError_t>(error)));
+}
+
+void expect(bool holds, const char* message) {
+    if (!holds) throw std::invalid_argument(message);
 }
 
 Type type_of(const std::string& name) {
@@ -95,6 +101,78 @@ void vocab_head_gradient(const Chunk& chunk, const Scale& scale, std::uintptr_t 
     check(rlcore::cuda::gradient(logits, statistics_of(statistics, logits.rows), d, to, stream_of(stream)));
 }
 
+// A coefficient as (address or 0, stride, number).
+using Coefficient = std::tuple<std::uintptr_t, std::int64_t, double>;
+
+template <typename T>
+rlcore::cuda::PerRow<T> per_row(const Coefficient& c) {
+    return {pointer<const T>(std::get<0>(c), "coefficient", true), std::get<1>(c), static_cast<T>(std::get<2>(c))};
+}
+
+// kind "scan": inputs (delta), coefficients (decay), outputs (y); "gae": (reward, value), (gamma, lam), (advantage,
+// returns); "vtrace": (reward, value, log_ratio), (gamma, lam), (advantage, returns), bounds (rho_bar, c_bar).
+template <typename T>
+void scan_of(const std::string& kind, const std::vector<std::uintptr_t>& inputs,
+             const std::vector<Coefficient>& coefficients, const std::vector<std::uintptr_t>& outputs,
+             const std::array<double, 2>& bounds, const rlcore::cuda::Time<T>& time, bool none, void* stream) {
+    const auto in = [&](std::size_t i) { return pointer<const T>(inputs.at(i), "input", none); };
+    const auto out = [&](std::size_t i) { return pointer<T>(outputs.at(i), "output", none); };
+    const auto c = [&](std::size_t i) { return per_row<T>(coefficients.at(i)); };
+    if (kind == "scan") {
+        check(rlcore::cuda::reverse_scan(time, in(0), c(0), out(0), stream));
+    } else if (kind == "gae") {
+        check(rlcore::cuda::gae(time, in(0), in(1), c(0), c(1), out(0), out(1), stream));
+    } else {
+        expect(kind == "vtrace", "kind: expected 'scan', 'gae' or 'vtrace'");
+        check(rlcore::cuda::vtrace(time, in(0), in(1), in(2), c(0), c(1), static_cast<T>(bounds[0]),
+                                   static_cast<T>(bounds[1]), out(0), out(1), stream));
+    }
+}
+
+void scan(const std::string& kind, const std::vector<std::uintptr_t>& inputs,
+          const std::vector<Coefficient>& coefficients, const std::vector<std::uintptr_t>& outputs,
+          const std::array<double, 2>& bounds, std::int64_t rows, std::uintptr_t offsets, std::int64_t count,
+          std::uintptr_t mask, std::uintptr_t bootstrap, const std::string& dtype, std::uintptr_t stream) {
+    expect(rows >= 0 && count >= 0, "rows, count: expected numbers >= 0");
+    const auto* first = pointer<const std::int64_t>(offsets, "offsets", false);
+    const auto* keep = pointer<const std::uint8_t>(mask, "mask", true);
+    const bool none = rows == 0;
+    if (dtype == "float32") {
+        const auto* after = pointer<const float>(bootstrap, "bootstrap", true);
+        scan_of<float>(kind, inputs, coefficients, outputs, bounds, {first, count, keep, after}, none,
+                       stream_of(stream));
+    } else {
+        expect(dtype == "float64", "dtype: expected 'float32' or 'float64'");
+        const auto* after = pointer<const double>(bootstrap, "bootstrap", true);
+        scan_of<double>(kind, inputs, coefficients, outputs, bounds, {first, count, keep, after}, none,
+                        stream_of(stream));
+    }
+}
+
+void group_advantage(std::uintptr_t reward, std::uintptr_t group, std::uintptr_t weight, std::uintptr_t mask,
+                     std::int64_t n, const std::string& center, const std::string& scale, bool spread_of_residual,
+                     double ddof, double eps, std::uintptr_t out, std::uintptr_t stream) {
+    using rlcore::cuda::Center;
+    using rlcore::cuda::Scale;
+    expect(n >= 0 && n <= rlcore::cuda::kMostRewards, "n: expected 0 to 2^14 rewards");
+    rlcore::cuda::Advantage job = {};
+    job.reward = pointer<const double>(reward, "reward", n == 0);
+    job.group = pointer<const std::int64_t>(group, "group", true);
+    job.weight = pointer<const double>(weight, "weight", true);
+    job.mask = pointer<const std::uint8_t>(mask, "mask", true);
+    job.n = n;
+    job.center = center == "group"           ? Center::group
+                 : center == "leave_one_out" ? Center::leave_one_out
+                 : center == "batch"         ? Center::batch
+                                             : Center::none;
+    job.scale = scale == "group" ? Scale::group : scale == "batch" ? Scale::batch : Scale::none;
+    job.spread_of_residual = spread_of_residual;
+    job.ddof = ddof;
+    job.eps = eps;
+    job.out = pointer<double>(out, "out", n == 0);
+    check(rlcore::cuda::group_advantage(job, stream_of(stream)));
+}
+
 py::dict features() {
     py::dict out;
 #if defined(CUDART_VERSION)
@@ -111,6 +189,9 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
     m.doc() =
         "CUDA kernels of rlcore over raw device memory. Use the functions of rlcore.ops, which check their tensors.";
     m.def("features", &features, "The version of the CUDA runtime inside; 0 where it is emulated.");
+    m.attr("MOST_REWARDS") = rlcore::cuda::kMostRewards;
+    m.def("scan", &scan, "A reverse scan over packed sequences; see csrc/cuda/segments.h.");
+    m.def("group_advantage", &group_advantage, "Advantages by groups; see csrc/cuda/segments.h.");
     m.def("vocab_head_statistics", &vocab_head_statistics, "Row pass 1; see csrc/cuda/vocab_head.h.");
     m.def("vocab_head_gradient", &vocab_head_gradient, "Row pass 2; see csrc/cuda/vocab_head.h.");
 }

@@ -21,6 +21,7 @@ from rlcore.algorithms.segments_input import check_floating, flat_mask, flat_off
 from rlcore.algorithms.segments_scan import Scan
 from rlcore.layout import sequence_id
 from rlcore.ops import backend
+from rlcore.ops import segments_cuda as cuda
 from rlcore.ops import segments_native as native
 from rlcore.ops import segments_triton as triton
 
@@ -226,6 +227,8 @@ def group_advantage(
 ) -> Tensor:
     if native.runs(reward, group, weight, mask):
         return native.group_advantage(reward, group, center, scale, ddof, eps, weight, mask, spread)
+    if (found := cuda.group_advantage(reward, group, center, scale, ddof, eps, weight, mask, spread)) is not None:
+        return found
     return reference.group_advantage(reward, group, center, scale, ddof, eps, weight, mask, spread=spread)
 
 
@@ -282,9 +285,9 @@ def _scan_for(*inputs: Tensor) -> Scan:
 
 def _time_of(
     xs: tuple[Tensor, ...], *arguments: Any
-) -> tuple[native.Time | triton.Time, tuple[float | Tensor, ...]] | None:
+) -> tuple[native.Time | triton.Time | cuda.Time, tuple[float | Tensor, ...]] | None:
     """The arguments of a scan for one call of C++ or one launch; None where they are for the reference."""
-    return native.time_of(xs, *arguments) or triton.time_of(xs, *arguments)
+    return native.time_of(xs, *arguments) or triton.time_of(xs, *arguments) or cuda.time_of(xs, *arguments)
 
 
 def reverse_scan(

@@ -7,6 +7,7 @@ import torch
 
 import rlcore as rl
 from rlcore.algorithms.vocab_head_chunks import Coefficients, Scale
+from rlcore.ops import segments_cuda
 from rlcore.ops import vocab_head_cuda as passes
 
 pytestmark = pytest.mark.skipif(
@@ -39,6 +40,19 @@ def test_vocab_head_does_not_wait(no_waiting):
     torch.cuda.synchronize()
     no_waiting()
     both_passes(*inputs)
+
+
+def test_segments_do_not_wait(no_waiting):
+    x, offsets = torch.randn(100, device="cuda"), torch.tensor([0, 40, 100], device="cuda")
+    lam = torch.tensor(0.9, device="cuda")
+    group = torch.arange(100, device="cuda") // 10
+    torch.cuda.synchronize()
+    no_waiting()
+    with rl.backend("cuda"):
+        ready = segments_cuda.time_of((x, x), offsets, None, None, (1.0, lam))
+        assert ready is not None
+        ready[0].gae(*ready[1])
+        segments_cuda.group_advantage(x, group, "group", "group", 1, 1e-6, None, None, "reward")
 
 
 def test_a_graph_captures_the_passes():
