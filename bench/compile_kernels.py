@@ -9,6 +9,7 @@ many instructions of the tensor cores and atomics the assembly has. tests/kernel
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -54,16 +55,20 @@ class Facts:
 
 
 class Offline:
-    """A driver of a GPU that is not there. Its device is its target's name: launchers' caches go by device."""
+    """A driver of a GPU that is not there. Each is a device of its own: launchers' caches go by device, so none begins
+    with what another has compiled."""
+
+    serial = itertools.count()
 
     def __init__(self, target: str) -> None:
         self.target = target
+        self.device = f"{target} number {next(self.serial)}"
 
     def get_current_target(self) -> GPUTarget:
         return TARGETS[self.target]
 
     def get_current_device(self) -> str:
-        return self.target
+        return self.device
 
     def get_current_stream(self, device: str) -> int:
         return 0
@@ -85,6 +90,11 @@ def compiling(target: str) -> Iterator[list[Facts]]:
         yield found
     finally:
         driver._active, JITFunction.run = active, run
+
+
+def variants(kernel: Any) -> int:
+    """How often the launches since the open `compiling` block began have compiled a kernel."""
+    return len(kernel.device_caches[driver.active.get_current_device()][0])
 
 
 def facts(name: str, kernel: Any, target: str) -> Facts:
