@@ -40,7 +40,7 @@ class PrefixTree:
     input_ids [M] the packed tokens; position [M] their depth; end [M] the row after the last descendant:
     row i attends to row j  iff  j <= i < end[j].
     target [N] the predicted tokens in path order; offsets [S+1] as in TokenBatch; loss_rows [N] the packed row that
-    predicts target[n]; group [S] the group (or tree) of a path.
+    predicts target[n]; last_rows [S] the packed row of a path's last token; group [S] the group (or tree) of a path.
     node_table [K, 4] (start, stop, end, parent) of the unbranched runs; it stays on the host.
     depth: the longest path, in tokens.
     """
@@ -51,6 +51,7 @@ class PrefixTree:
     target: Tensor
     offsets: Tensor
     loss_rows: Tensor
+    last_rows: Tensor
     group: Tensor
     node_table: Tensor
     depth: int
@@ -77,6 +78,7 @@ class PrefixTree:
         end: list[np.ndarray] = []
         target: list[np.ndarray] = []
         loss_rows: list[np.ndarray] = []
+        last_rows: list[int] = []
         lengths: list[int] = []
         group: list[int] = []
         cursor = 0
@@ -100,9 +102,10 @@ class PrefixTree:
                 end.append(np.full(len(body), cursor))
                 target.append(body)
                 loss_rows.append(rows)
+                last_rows.append(cursor - 1 if len(body) else last)
                 lengths.append(len(body))
                 group.append(g)
-        return _assemble(ids, position, end, target, loss_rows, lengths, group, device)
+        return _assemble(ids, position, end, target, loss_rows, last_rows, lengths, group, device)
 
     @classmethod
     def from_paths(cls, paths: Sequence[Tokens], device: torch.device | str | None = None) -> PrefixTree:
@@ -136,6 +139,7 @@ class PrefixTree:
             [end],
             [tokens[predicted]],
             [row_of[predicted - 1]],
+            row_of[starts + lengths - 1],
             lengths - 1,
             [firsts.setdefault(first, len(firsts)) for first in tokens[starts].tolist()],
             device,
@@ -165,7 +169,7 @@ class PrefixTree:
 
     def to(self, device: torch.device | str) -> PrefixTree:
         """The same tree with its index tensors on `device`; the node table stays on the host."""
-        moved = ("input_ids", "position", "end", "target", "offsets", "loss_rows", "group")
+        moved = ("input_ids", "position", "end", "target", "offsets", "loss_rows", "last_rows", "group")
         return replace(self, **{name: getattr(self, name).to(device) for name in moved})
 
     def stats(self) -> TreeStats:
@@ -252,6 +256,7 @@ def _assemble(
     end: list[np.ndarray],
     target: list[np.ndarray],
     loss_rows: list[np.ndarray],
+    last_rows: list[int] | np.ndarray,
     lengths: Sequence[int] | np.ndarray,
     group: list[int],
     device: torch.device | str | None,
@@ -270,6 +275,7 @@ def _assemble(
         target=tensor(flat(target)),
         offsets=tensor(np.r_[0, np.cumsum(lengths)].astype(np.int64)),
         loss_rows=tensor(flat(loss_rows)),
+        last_rows=tensor(np.asarray(last_rows, dtype=np.int64)),
         group=tensor(np.asarray(group, dtype=np.int64)),
         node_table=torch.from_numpy(node_table(ends).astype(np.int64)),
         depth=int(positions.max()) + 1,

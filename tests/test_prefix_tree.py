@@ -33,6 +33,7 @@ def check_packing(tree, sequences, rows, predictions_from):
         own = slice(offsets[s], offsets[s + 1])
         assert tree.target[own].tolist() == list(sequences[s][first:])
         assert tree.loss_rows[own].tolist() == rows[s][first - 1 : -1]
+        assert int(tree.last_rows[s]) == rows[s][-1]
     assert offsets[-1] == tree.N
 
 
@@ -108,6 +109,7 @@ def test_worked_example():
     assert tree.target.tolist() == [1, 2, 3, 4]
     assert tree.offsets.tolist() == [0, 2, 2, 3, 4]
     assert tree.loss_rows.tolist() == [1, 2, 1, 5]
+    assert tree.last_rows.tolist() == [3, 1, 4, 6]
     assert tree.group.tolist() == [0, 0, 0, 1]
     assert tree.nodes == ((0, 2, 4, 5), (2, 4, 5, 7), (-1, 0, 0, -1))
     assert (tree.M, tree.N, tree.S, tree.depth) == (7, 4, 4, 4)
@@ -149,7 +151,7 @@ def test_tokens_may_be_tensors_or_arrays():
     assert torch.equal(plain.input_ids, mixed.input_ids)
     paths = PrefixTree.from_paths([torch.tensor([1, 2, 3]), (1, 2, 4), np.array([1], dtype=np.int32), [5]])
     expected = PrefixTree.from_paths([[1, 2, 3], [1, 2, 4], [1], [5]])
-    for name in ("input_ids", "end", "target", "loss_rows", "offsets", "group", "node_table"):
+    for name in ("input_ids", "end", "target", "loss_rows", "last_rows", "offsets", "group", "node_table"):
         assert torch.equal(getattr(paths, name), getattr(expected, name)), name
 
 
