@@ -222,7 +222,7 @@ def _check_types(q: Any, k: Any, v: Any, tree: Any, scale: Any, window: Any, sof
     for name, number in (("scale", scale), ("softcap", softcap)):
         if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
             raise TypeError(f"{name}: expected a number or None, got {number!r}")
-        if number is not None and not math.isfinite(number):
+        if number is not None and not -math.inf < number < math.inf:
             raise ValueError(f"{name}: expected a finite number, got {number!r}")
 
 

@@ -1,4 +1,4 @@
-"""Every architecture on trees of three shapes against the same model, one sequence at a time.
+"""Every architecture on trees of three shapes against the same model, one sequence at a time; adapters; autocast.
 
 Log-probs, a policy loss with everything on, and the gradient of every parameter. float32: 1e-5 of a tensor's norm, for
 gradients at least of 1e-2 of the norm of all. bfloat16: the root mean square of the error to the float32 model is at
@@ -7,6 +7,7 @@ most twice that of the plain bfloat16 model.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 import rlcore as rl
 from rlcore.adapters import transformers as adapter
 from rlcore.adapters.transformers import head
+from rlcore.ops import vocab_head_raw as raw
 
 pytest.importorskip("transformers")
 from decoder_cases import MODELS, SHAPES, build, single_logits
@@ -81,10 +83,14 @@ def from_tree(model, tree, batches):
 
 def attached(plain, checkpointing):
     model = copy.deepcopy(plain)
+    checkpoint(model, checkpointing)
+    return rl.attach(model)
+
+
+def checkpoint(model, checkpointing):
     if CHECKPOINTING[checkpointing]:
         model.gradient_checkpointing_enable(CHECKPOINTING[checkpointing])
         model.train()
-    return rl.attach(model)
 
 
 def norm(*tensors):
@@ -107,6 +113,11 @@ def cases(fast):
 def test_float32(name, checkpointing):
     plain = build(name)
     model = attached(plain, checkpointing)
+    check_float32(plain, model, checkpointing)
+
+
+def check_float32(plain, model, checkpointing):
+    trainable = [name for name, p in plain.named_parameters() if p.requires_grad]
     for label, shape in SHAPES.items():
         tree, sequences = shape()
         expected, batches = from_single_sequences(plain, tree, sequences)
@@ -115,7 +126,7 @@ def test_float32(name, checkpointing):
         assert len(calls) == 3 * (1 if checkpointing == "kept" else 2), "layers attend again where they are recomputed"
         assert norm(found.logp - expected.logp) <= 1e-5 * norm(expected.logp), label
         assert norm(found.losses - expected.losses) <= 1e-5 * norm(expected.losses), label
-        assert found.gradients.keys() == expected.gradients.keys() == dict(plain.named_parameters()).keys()
+        assert list(found.gradients) == list(expected.gradients) == trainable
         floor = 1e-2 * norm(*expected.gradients.values())
         for parameter, g in expected.gradients.items():
             assert norm(g) > 0, (label, parameter)
@@ -126,20 +137,64 @@ def test_float32(name, checkpointing):
 def test_bfloat16(name, checkpointing):
     plain = build(name, dtype=torch.bfloat16, **ALL_EXPERTS.get(name, {}))
     exact, model = copy.deepcopy(plain).float(), attached(plain, checkpointing)
+    check_rounded(exact, plain, model)
+
+
+def check_rounded(exact, plain, model, context=contextlib.nullcontext):
+    """The errors of tree and plain model, both in low precision, over all three shapes, tensor by tensor."""
     errors: dict[str, list[list[Tensor]]] = {}
     for shape in SHAPES.values():
         tree, sequences = shape()
         reference, batches = from_single_sequences(exact, tree, sequences)
-        ordinary, _ = from_single_sequences(plain, tree, sequences, batches)
-        found = from_tree(model, tree, batches)
-        for label, index in (("log-probs", 0), ("loss", 1)):
-            pair = errors.setdefault(label, [[], []])
-            for error, result in zip(pair, (found, ordinary), strict=True):
-                error.append(result[index] - reference[index])
-        for parameter, g in reference.gradients.items():
-            pair = errors.setdefault(parameter, [[], []])
-            for error, result in zip(pair, (found, ordinary), strict=True):
-                error.append(result.gradients[parameter] - g)
-    assert errors.keys() == {"log-probs", "loss", *dict(plain.named_parameters())}
+        with context():
+            ordinary, _ = from_single_sequences(plain, tree, sequences, batches)
+            found = from_tree(model, tree, batches)
+        expected = {"log-probs": reference.logp, "loss": reference.losses, **reference.gradients}
+        for error, result in zip((0, 1), (found, ordinary), strict=True):
+            values = {"log-probs": result.logp, "loss": result.losses, **result.gradients}
+            assert values.keys() == expected.keys()
+            for label, x in expected.items():
+                errors.setdefault(label, [[], []])[error].append(values[label] - x)
     ratios = {label: norm(*ours) / norm(*theirs) for label, (ours, theirs) in errors.items()}
     assert not {label: ratio for label, ratio in ratios.items() if ratio > 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    cases({("Qwen3", "kept"), ("Mistral", "recomputed"), ("GptOss", "kept"), ("Phi3", "reentrant")}),
+)
+def test_adapters(name, checkpointing, monkeypatch):
+    """LoRA on all linear layers: gradients of the adapters, and none of the head's weight is made."""
+    plain = adapted(name)
+    model = attached(plain, checkpointing)
+    made = []
+    original = raw.linear_policy_loss
+
+    def spy(*arguments):
+        result = original(*arguments)
+        made.append((arguments[-1], sum(part.numel() for part in result[3])))
+        return result
+
+    monkeypatch.setattr(raw, "linear_policy_loss", spy)
+    check_float32(plain, model, checkpointing)
+    assert {True: ([True, False, False], 0)} == {needs[0]: (needs, size) for needs, size in made if needs[0]}
+    assert head(model).weight.grad is None
+
+
+def adapted(name):
+    """A model with adapters that do something: B is drawn, and not zero as at the start."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build(name), peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name:
+                parameter.normal_(std=0.05)
+    return model
+
+
+@pytest.mark.parametrize(("name", "checkpointing"), cases({("Qwen3", "kept"), ("Mistral", "recomputed")}))
+def test_autocast(name, checkpointing):
+    """float32 weights under bfloat16 autocast, forward pass and recomputation."""
+    plain = build(name, **ALL_EXPERTS.get(name, {}))
+    model = attached(plain, checkpointing)
+    check_rounded(copy.deepcopy(plain), plain, model, lambda: torch.autocast("cpu", torch.bfloat16))

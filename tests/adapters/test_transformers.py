@@ -13,7 +13,7 @@ from rlcore.ops.vocab_head import linear_policy_loss
 from rlcore.prefix_tree import PrefixTree
 
 transformers = pytest.importorskip("transformers")
-from decoder_cases import build, flat_groups, random_trie, single_logits, tree_logits  # noqa: E402
+from decoder_cases import branching, build, flat_groups, random_trie, single_logits, tree_logits  # noqa: E402
 
 
 def loss_of(logits, tree, weights):
@@ -354,10 +354,20 @@ def test_an_attached_model_compiles_whole_without_a_tree():
 
 
 @pytest.mark.slow
-def test_compiled_decoder_on_trees():
-    model = attach(build("Qwen3")).eval()
-    expected = [trunk(model, tree) for tree, _ in (flat_groups(), random_trie())]
+@pytest.mark.parametrize(("dynamic", "graphs"), [(None, 2), (True, 1)])
+def test_a_decoder_is_compiled_once_for_trees_of_all_lengths(dynamic, graphs):
+    """Whole. Without dynamic=True the first graph is of one shape alone, and the second tree makes the general one."""
+    model = attach(build("Mistral", num_hidden_layers=2))
+    trees = [branching()[0], flat_groups()[0], random_trie()[0]]
+    assert len({(tree.M, tree.N, tree.depth, len(tree.nodes.start)) for tree in trees}) == 3
+    expected = []
+    for tree in trees:
+        hidden = trunk(model, tree)
+        expected.append((hidden.detach(), loss_and_gradients(model, hidden.square().sum())))
     torch._dynamo.reset()
-    model.model.compile(fullgraph=True, backend="aot_eager")
-    for (tree, _), reference in zip((flat_groups(), random_trie()), expected, strict=True):
-        torch.testing.assert_close(trunk(model, tree), reference)
+    model.model.compile(fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for i, (tree, (states, results)) in enumerate(zip(trees, expected, strict=True)):
+        with torch._dynamo.config.patch(error_on_recompile=i >= graphs):
+            hidden = trunk(model, tree)
+            torch.testing.assert_close(hidden, states)
+            assert_same(loss_and_gradients(model, hidden.square().sum()), results, 1e-5)
