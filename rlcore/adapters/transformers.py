@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +45,13 @@ class Head(NamedTuple):
 
 @dataclass(frozen=True)
 class Attachment:
-    """What the probe found out about a model. Trees deeper than `max_depth` would change its rotary frequencies."""
+    """What the probe found out about a model. Trees deeper than `max_depth` would change its rotary frequencies.
+
+    `logit_scale` is None where there is no vocabulary head.
+    """
 
     softcap: float | None
-    logit_scale: float
+    logit_scale: float | None
     max_depth: int | None
 
 
@@ -58,6 +61,7 @@ def attach(model: Any) -> Any:
     The probe runs a tiny forest in training mode against the model itself, one sequence at a time: logits and
     parameter gradients, with every sliding window narrowed so that it matters. It leaves no gradient, no change of
     mode, and no trace in the random state. Without a tree the model behaves as before. Attaching twice is harmless.
+    Of bare decoders and of models with a value or reward head, hidden states are compared in place of logits.
     Raises AttachError with the reason where tree and model differ, or where the design excludes the model (active
     dropout, ALiBi, bidirectional or chunked attention, recurrent layers, MoE auxiliary loss); TypeError for a model
     that is no transformers model.
@@ -80,15 +84,18 @@ def attach(model: Any) -> Any:
     return model
 
 
-def trunk(model: Any, tree: PrefixTree) -> Tensor:
-    """Hidden states of the decoder at the rows that predict: [N, H], aligned with tree.target.
+def trunk(model: Any, tree: PrefixTree, rows: Literal["loss", "last", "all"] = "loss") -> Tensor:
+    """Hidden states of the decoder. Every packed token passes through the model once.
 
-    Every packed token passes through the model once; the last row of a prompt is gathered once per response.
+    rows: "loss", at the rows that predict, [N, H], aligned with tree.target (the last row of a prompt is gathered once
+    per response); "last", at the last token of every path, [S, H]; "all", of all packed rows, [M, H].
     Raises ValueError for a model that is not attached, a tree on another device, or one deeper than the model's
     rotary embedding allows.
     """
     inner = unwrap(model)
     state = _attachment(inner)
+    if rows not in ("loss", "last", "all"):
+        raise ValueError(f'rows: expected "loss", "last" or "all", got {rows!r}')
     device = inner.get_input_embeddings().weight.device
     if tree.device != device:
         raise ValueError(f"tree: expected the model's device ({device}), got {tree.device}; use tree.to(device)")
@@ -97,13 +104,21 @@ def trunk(model: Any, tree: PrefixTree) -> Tensor:
             f"tree: expected paths of at most {state.max_depth} tokens, got {tree.depth}: beyond that this model's "
             "rotary frequencies depend on the longest path in the tree"
         )
-    return tree_hidden(inner, tree).index_select(0, tree.loss_rows)
+    hidden = tree_hidden(inner, tree)
+    if rows == "all":
+        return hidden
+    return hidden.index_select(0, tree.loss_rows if rows == "loss" else tree.last_rows)
 
 
 def head(model: Any) -> Head:
-    """The attached model's output head: its own weight and bias, and the scale and softcap that the probe measured."""
+    """The attached model's output head: its own weight and bias, and the scale and softcap that the probe measured.
+
+    Raises ValueError for a model that is not attached or has no vocabulary head.
+    """
     inner = unwrap(model)
     state = _attachment(inner)
+    if state.logit_scale is None:
+        raise ValueError(f"model: expected one with a vocabulary head, got {type(inner).__name__}")
     output = inner.get_output_embeddings()
     return Head(output.weight, getattr(output, "bias", None), state.softcap, state.logit_scale)
 

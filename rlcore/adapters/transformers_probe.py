@@ -42,6 +42,8 @@ def refuse_by_design(inner: Any) -> None:
             "set config.output_router_logits to False"
         )
     output = inner.get_output_embeddings()
+    if output is None and not inner.can_generate():
+        return  # a bare decoder, or one with a value or reward head, which is the caller's to apply
     if not isinstance(getattr(output, "weight", None), Tensor) or output.weight.ndim != 2:
         raise AttachError(f"{name}: no output head with a weight [vocabulary, hidden] found")
     if hasattr(output, "base_layer"):
@@ -49,17 +51,21 @@ def refuse_by_design(inner: Any) -> None:
 
 
 def verify(model: Any) -> Attachment:
-    """Fits the head, then compares tree and single sequences. Raises AttachError where they differ."""
+    """Fits the head, where there is one, then compares tree and single sequences. AttachError where they differ."""
     inner = adapter.unwrap(model)
-    name = type(inner).__name__
+    name, output = type(inner).__name__, inner.get_output_embeddings()
     with _undisturbed(model) as exact:
-        softcap, logit_scale = _fit_head(model, inner, name, 1e-4 if exact else 1e-2)
+        head = None
+        if output is not None:
+            fitted = _fit_head(model, inner, name, 1e-4 if exact else 1e-2)
+            head = Head(output.weight, getattr(output, "bias", None), *fitted)
         reason = ""
         # A second try, because a mixture-of-experts router may sit on a tie in the first.
         for seed in (0, 1):
-            reason = _compare(model, inner, softcap, logit_scale, seed, exact)
+            reason = _compare(model, inner, head, seed, exact)
             if not reason:
-                return Attachment(softcap, logit_scale, max_depth(inner))
+                softcap, scale = (head.softcap, head.logit_scale) if head else (None, None)
+                return Attachment(softcap, scale, max_depth(inner))
     raise AttachError(f"{name}: {reason}")
 
 
@@ -225,21 +231,24 @@ def _snapped(value: float, inner: Any, tolerance: float) -> float:
     return value
 
 
-def _compare(model: Any, inner: Any, softcap: float | None, logit_scale: float, seed: int, exact: bool) -> str:
-    """The reason why tree and single sequences differ, or an empty string."""
-    output = inner.get_output_embeddings()
-    device = output.weight.device
-    paths, marker = _paths(seed, inner.get_input_embeddings().weight.shape[0])
-    tree = PrefixTree.from_paths(paths, device)
-    linear = Head(output.weight, getattr(output, "bias", None), softcap, logit_scale)
-    weights = torch.randn(tree.N, generator=torch.Generator().manual_seed(seed)).to(device)
+def _compare(model: Any, inner: Any, head: Head | None, seed: int, exact: bool) -> str:
+    """The reason why tree and single sequences differ in logits (hidden states, without a head), or nothing."""
+    embedding = inner.get_input_embeddings().weight
+    paths, marker = _paths(seed, embedding.shape[0])
+    tree = PrefixTree.from_paths(paths, embedding.device)
+    weights = torch.randn(tree.N, generator=torch.Generator().manual_seed(seed)).to(embedding.device)
     parameters = _gradient_parameters(model)
+    what = "hidden states" if head is None else "logits"
 
     _set_training(model, False)
     rows, gradients = [], [torch.zeros_like(p) for p in parameters]
     for s, path in enumerate(paths):
         own = slice(int(tree.offsets[s]), int(tree.offsets[s + 1]))
-        z = model(input_ids=torch.tensor([path], device=device), use_cache=False).logits[0, :-1]
+        ids = torch.tensor([path], device=embedding.device)
+        if head is None:
+            z = adapter.decoder(inner)(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+        else:
+            z = model(input_ids=ids, use_cache=False).logits[0, :-1]
         rows.append(z.detach())
         for total, g in zip(gradients, _gradient(z, tree.target[own], weights[own], parameters), strict=True):
             total += g
@@ -255,8 +264,10 @@ def _compare(model: Any, inner: Any, softcap: float | None, logit_scale: float, 
                 "transformers' attention interface with forward arguments; the others (recurrent, or with attention "
                 "written out in the model) can not follow a tree"
             )
-        z = linear.logit_scale * torch.nn.functional.linear(hidden, linear.weight, linear.bias)
-        return z if softcap is None else softcap * torch.tanh(z / softcap)
+        if head is None:
+            return hidden
+        z = head.logit_scale * torch.nn.functional.linear(hidden, head.weight, head.bias)
+        return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
 
     _set_training(model, True)
     z = on_tree()
@@ -268,8 +279,8 @@ def _compare(model: Any, inner: Any, softcap: float | None, logit_scale: float, 
         _set_training(model, False)
         quiet = _rms(on_tree().detach().double() - reference)
         if quiet <= allowed:
-            return f"training mode changes the logits by {error / size:.1e}: active dropout{_dropouts(model)}"
-        return f"logits on a tree differ from those of single sequences by {error / size:.1e} of their size"
+            return f"training mode changes the {what} by {error / size:.1e}: active dropout{_dropouts(model)}"
+        return f"{what} on a tree differ from those of single sequences by {error / size:.1e} of their size"
     found = _gradient(z, tree.target, weights, parameters)
     everything = sum(float(g.double().square().sum()) for g in gradients) ** 0.5
     slack = 1.0 if exact else 50.0
@@ -302,7 +313,8 @@ def _gradient(z: Tensor, target: Tensor, weights: Tensor, parameters: list[nn.Pa
     if not parameters:
         return []
     logp = torch.log_softmax(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
-    loss = (logp.gather(1, target[:, None])[:, 0] * weights.to(logp)).sum()
+    label = target[:, None] % z.shape[1]  # hidden states are fewer than tokens, and any function of them will do
+    loss = (logp.gather(1, label)[:, 0] * weights.to(logp)).sum()
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
 
