@@ -77,6 +77,9 @@ bench-peers: $(PEERS_READY) ## time our losses beside those of TRL and Liger
 	$(PEERS_VENV)/bin/python $(BENCH) -m peers $(ARGS)
 	$(PEERS_VENV)/bin/python bench/report.py
 
+grid: $(PEERS_READY) ## prefix trees over prompt, response and group sizes; resumes; ARGS=--quick, ARGS=--draw
+	$(PEERS_VENV)/bin/python bench/prefix_grid.py $(ARGS)
+
 learn: $(TEST_READY) ## train every method with three seeds, one table; ARGS="--recipes ppo --seeds 0", ARGS=--draw
 	$(VENV)/bin/python bench/learn.py $(ARGS)
 
@@ -149,4 +152,4 @@ define finish
 	@touch $(2)
 endef
 
-.PHONY: help train test test-full asan tsan test-peers bench bench-peers learn static lint types clean torch-index
+.PHONY: help train test test-full asan tsan test-peers bench bench-peers grid learn static lint types clean torch-index

@@ -17,10 +17,12 @@ import json
 import re
 import sys
 import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from time import perf_counter
 
 import torch
+from torch import Tensor
 from vocab_head_cases import Cases
 
 MIB = 2**20
@@ -46,21 +48,23 @@ class AnonymousPeak(threading.Thread):
             self.peak = max(self.peak, status("RssAnon"))
 
 
-def main(case: str, dtype: str, N: int, H: int, V: int, threads: int) -> None:
+def large_blocks_from_the_system() -> None:
+    """To be called before anything large is made."""
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    # Code, threads and the buffers of the matrix library are no part of the case.
-    Cases(64, 64, 512, getattr(torch, dtype)).function(case)()
-    run = Cases(N, H, V, getattr(torch, dtype)).function(case)
+
+
+def growth(run: Callable[[], Iterable[Tensor]], hidden: float) -> tuple[float, float]:
+    """Peak memory in MiB that `run` needs beside its results, and its seconds. Ends the program where the peak before
+    lies so high that more than `hidden` bytes would not be seen.
+    """
     gc.collect()
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew where the kernel allows it
     before, anonymous = status("VmRSS"), status("RssAnon")
-    if status("VmHWM") - before > MIB * N / 64:
+    if status("VmHWM") - before > hidden:
         raise SystemExit("memory: the peak of making the inputs hides that of the case")
     sampler = AnonymousPeak()
     sampler.start()
@@ -71,8 +75,18 @@ def main(case: str, dtype: str, N: int, H: int, V: int, threads: int) -> None:
     sampler.done.set()
     sampler.join()
     made = sum(x.numel() * x.element_size() for x in results)
-    growth = (max(peak, sampler.peak - anonymous) - made) / MIB
-    print(json.dumps({"growth_mib": growth, "logits_mib": N * V * 4 / MIB, "seconds": seconds}))
+    return (max(peak, sampler.peak - anonymous) - made) / MIB, seconds
+
+
+def main(case: str, dtype: str, N: int, H: int, V: int, threads: int) -> None:
+    large_blocks_from_the_system()
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    # Code, threads and the buffers of the matrix library are no part of the case.
+    Cases(64, 64, 512, getattr(torch, dtype)).function(case)()
+    run = Cases(N, H, V, getattr(torch, dtype)).function(case)
+    mib, seconds = growth(run, MIB * N / 64)
+    print(json.dumps({"growth_mib": mib, "logits_mib": N * V * 4 / MIB, "seconds": seconds}))
 
 
 if __name__ == "__main__":

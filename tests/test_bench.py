@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,3 +62,33 @@ def test_minimum_of_medians_and_spread() -> None:
     assert measure.a_against_a([1.0, 2.0] * 3) == 1.0
     race = measure.run_race({"a": lambda: None, "b": lambda: sum(range(1000))}, seconds=0.1)
     assert len(race.of("a", "b")) >= 6 and race.of("a", "b")[0] > race.of("a")[0] > 0
+
+
+def test_prefix_grid_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Points are kept one by one, and a second start measures those that are missing alone."""
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    grid = load("prefix_grid")
+    picture = str(tmp_path / "p.png")
+    common = ["--quick", "--no-flex", "--threads", "1", "--results", str(tmp_path), "--picture", picture]
+    threads = torch.get_num_threads()
+    try:
+        grid.main([*common, "--points", "6,3,2"])
+        (file,) = tmp_path.glob("*/prefix_grid.json")
+        (first,) = json.loads(file.read_text())["points"]
+        grid.main([*common, "--points", "6,3,2", "1,9,2"])
+    finally:
+        torch.set_num_threads(threads)
+    stored = json.loads(file.read_text())["points"]
+    assert [m["point"] for m in stored] == [[1, 9, 2], [6, 3, 2]] and stored[1] == first
+    assert file.with_suffix(".md").read_text().count("\n| 6 | 3 | 2 |") == 1 and Path(picture).exists()
+
+
+def test_prefix_grid_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    grid = load("prefix_grid")
+    m = grid.Measured(grid.Point(512, 32, 4), 1.0, 2.0, 0.7, 1.3, None, 1.0, None, 0.0, 6, 0.1)
+    assert m.speedup == 2.0 and m.missed == ["bound"]  # 70 % of a bound of 2.9
+    assert replace(m, spread=0.2).missed == [] and replace(m, ideal=0.8).missed == []
+    assert replace(m, ideal=0.8, grouper=1.2).missed == ["prefix-grouper"]
+    assert replace(m, repeated=0.9, ideal=0.85, point=grid.Point(8, 128, 8)).missed == ["repeated"]

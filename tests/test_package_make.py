@@ -29,7 +29,7 @@ def interpreter(tmp_path: Path, broken: str) -> str:
 
 def test_help_lists_the_commands() -> None:
     out = make("help").stdout
-    targets = ["train", "test", "test-full", "test-peers", "asan", "tsan", "bench", "bench-peers"]
+    targets = ["train", "test", "test-full", "test-peers", "asan", "tsan", "bench", "bench-peers", "grid"]
     for target in [*targets, "lint", "types", "clean", "help"]:
         assert f"make {target} " in out
 
