@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Tokens = Sequence[int]
+from rlcore import prefix_tree_build as build
+from rlcore.prefix_tree_build import Tokens
+
+# What `predict` holds for a path or a node: the first predicted index, or 0/1 per token.
+Predict = Sequence[int | Sequence[int]]
+# Sharing is on where it leaves out this much: tokens of all paths apart per packed token. A model step (Qwen3 of
+# 4 x 256 on one CPU thread, paths apart over shared): one shared token before 8 or 32 branches of 16 or 64 (1.014 to
+# 1.060) 1.06 to 1.46 with the C++ attention, 0.92 to 0.95 with that composed of flash calls, which pays for every run;
+# random tries (1.001 to 1.028) 0.87 to 1.11 and 0.90 to 1.05, (1.056 to 1.140) 1.10 to 1.36 and 0.98 to 1.10; pairs
+# (1.030) 0.90 to 0.97 and 0.95 to 1.05, (1.059 to 1.111) 0.77 to 1.77 and 1.07 to 1.14, (1.333) 1.46 and 1.34. The
+# machine was not idle.
+SHARE_FROM = 1.05
 
 
 class Nodes(NamedTuple):
@@ -23,12 +33,16 @@ class Nodes(NamedTuple):
 
 
 class TreeStats(NamedTuple):
-    """What sharing saves. Bounds are the largest possible speed-ups of per-token work and of attention."""
+    """What sharing saves, or would where it is off (`shared`).
+
+    Bounds are the largest possible speed-ups of per-token work and of attention.
+    """
 
     tokens_before: int
     tokens_after: int
     token_bound: float
     attention_bound: float
+    shared: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +57,7 @@ class PrefixTree:
     predicts target[n]; last_rows [S] the packed row of a path's last token; group [S] the group (or tree) of a path.
     node_table [K, 4] (start, stop, end, parent) of the unbranched runs; it stays on the host.
     depth: the longest path, in tokens.
+    if_shared: what sharing would save, in a tree whose paths are kept apart.
     """
 
     input_ids: Tensor
@@ -55,6 +70,7 @@ class PrefixTree:
     group: Tensor
     node_table: Tensor
     depth: int
+    if_shared: TreeStats | None = None
 
     @classmethod
     def from_groups(
@@ -62,88 +78,110 @@ class PrefixTree:
         prompts: Sequence[Tokens],
         responses: Sequence[Sequence[Tokens]],
         device: torch.device | str | None = None,
+        share: bool | None = None,
     ) -> PrefixTree:
         """Packs each prompt once, followed by its responses; several groups make a forest.
 
         The predictions are the response tokens; the prompt's last row predicts the first token of every response.
         An empty response is a sequence of length 0. prompts: G lists of ids; responses: G lists of lists of ids.
+        share: False repeats the prompt for every response; None does so where sharing would not pay.
         Raises ValueError for an empty prompt, no prompts, or lists of different lengths.
         """
         if len(prompts) != len(responses):
             raise ValueError(f"responses: expected one list per prompt ({len(prompts)}), got {len(responses)}")
         if not prompts:
             raise ValueError("prompts: expected at least one prompt, got none")
-        ids: list[np.ndarray] = []
-        position: list[np.ndarray] = []
-        end: list[np.ndarray] = []
-        target: list[np.ndarray] = []
-        loss_rows: list[np.ndarray] = []
-        last_rows: list[int] = []
-        lengths: list[int] = []
+        nodes: list[np.ndarray] = []
+        parent: list[int] = []
         group: list[int] = []
-        cursor = 0
         for g, (prompt, answers) in enumerate(zip(prompts, responses, strict=True)):
-            head = _ids(prompt, f"prompts[{g}]")
-            if not len(head):
+            nodes.append(build.token_ids(prompt, f"prompts[{g}]"))
+            parent.append(-1)
+            if not len(nodes[-1]):
                 raise ValueError(f"prompts[{g}]: expected at least one token, got an empty prompt")
-            bodies = [_ids(answer, f"responses[{g}][{s}]") for s, answer in enumerate(answers)]
-            stop = cursor + len(head) + sum(len(body) for body in bodies)
-            last = cursor + len(head) - 1
-            ids.append(head)
-            position.append(np.arange(len(head)))
-            end.append(np.full(len(head), stop))
-            cursor += len(head)
-            for body in bodies:
-                rows = np.arange(cursor - 1, cursor + len(body) - 1)
-                rows[:1] = last
-                cursor += len(body)
-                ids.append(body)
-                position.append(np.arange(len(head), len(head) + len(body)))
-                end.append(np.full(len(body), cursor))
-                target.append(body)
-                loss_rows.append(rows)
-                last_rows.append(cursor - 1 if len(body) else last)
-                lengths.append(len(body))
-                group.append(g)
-        return _assemble(ids, position, end, target, loss_rows, last_rows, lengths, group, device)
+            parent += [len(nodes) - 1] * len(answers)
+            group += [g] * len(answers)
+            nodes += [build.token_ids(answer, f"responses[{g}][{s}]") for s, answer in enumerate(answers)]
+        leaves = [k for k, above in enumerate(parent) if above >= 0]
+        predicted = np.repeat(np.asarray(parent) >= 0, [len(node) for node in nodes])
+        packed = build.pack_nodes(nodes, list(range(len(nodes))), parent, predicted, leaves)
+        return _shared(_tree(packed, group), share, device)
 
     @classmethod
-    def from_paths(cls, paths: Sequence[Tokens], device: torch.device | str | None = None) -> PrefixTree:
+    def from_paths(
+        cls,
+        paths: Sequence[Tokens],
+        device: torch.device | str | None = None,
+        predict: Predict | None = None,
+        group: Sequence[int] | Tensor | None = None,
+        share: bool | None = None,
+    ) -> PrefixTree:
         """Packs token paths as a trie: whatever two paths share from their start on is stored once, at any depth.
 
-        One prediction per path and token after the first, in the order of `paths`; duplicates, prefixes of other paths
-        and one-token paths are allowed. The packed order is lexicographic, whatever the order of `paths`.
-        `group` numbers the trees (paths with the same first token) in order of first appearance.
-        Raises ValueError for an empty path or no paths.
+        The predictions come in the order of `paths`. predict: which tokens of each path they are, by an index n >= 1
+        (every token from there on) or by 0/1 per token, 0 for the first; None: all after the first. Duplicates,
+        prefixes of other paths and one-token paths are allowed. The packed order is lexicographic, whatever the order
+        of `paths`. group [S] ids; None numbers the trees (paths with the same first token) by first appearance.
+        share: False keeps every path apart; None does so where sharing would not pay.
+        Raises ValueError for an empty path, no paths, or entries of `predict` and `group` that do not fit.
         """
         if not len(paths):
             raise ValueError("paths: expected at least one path, got none")
-        tokens, lengths = _flat_ids(paths, "paths")
+        tokens, lengths = build.flat_ids(paths, "paths")
         if not lengths.all():
             raise ValueError(f"paths[{int(lengths.argmin())}]: expected at least one token, got an empty path")
-        starts = np.cumsum(lengths) - lengths
-        order = _lexicographic(tokens, starts, lengths)
-        # Everything below walks the paths' tokens in sorted order; `at` is where each of them stands in `tokens`.
-        at, depth = _ranges(starts[order], lengths[order]), _ranges(0, lengths[order])
-        fresh, row = _trie_rows(tokens[at], depth, lengths[order])
-        end = np.empty(int(fresh.sum()), dtype=np.int64)
-        # The paths through a row are neighbours; the last of them ends last, and of equal indices the last is kept.
-        end[row] = np.repeat(row[np.cumsum(lengths[order]) - 1] + 1, lengths[order])
-        row_of = np.empty_like(row)
-        row_of[at] = row
-        firsts: dict[int, int] = {}
-        predicted = _ranges(starts + 1, lengths - 1)
-        return _assemble(
-            [tokens[at[fresh]]],
-            [depth[fresh]],
-            [end],
-            [tokens[predicted]],
-            [row_of[predicted - 1]],
-            row_of[starts + lengths - 1],
-            lengths - 1,
-            [firsts.setdefault(first, len(firsts)) for first in tokens[starts].tolist()],
-            device,
-        )
+        packed = build.pack_trie(tokens, lengths, build.predictions(predict, lengths, np.ones_like(lengths)))
+        if group is None:
+            group = _numbered(tokens[np.cumsum(lengths) - lengths].tolist())
+        elif len(group) != len(paths):
+            raise ValueError(f"group: expected one id for each of {len(paths)} paths, got {len(group)}")
+        return _shared(_tree(packed, build.token_ids(group, "group")), share, device)
+
+    @classmethod
+    def from_nodes(
+        cls,
+        tokens: Sequence[Tokens],
+        parent: Sequence[int],
+        predict: Predict | None = None,
+        leaves: Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+    ) -> PrefixTree:
+        """Packs a tree whose nodes are known, as a tree of rollouts is: node i holds tokens[i] and follows parent[i].
+
+        tokens[i] may be empty; parent[i] is the index of any node, -1 for a root. A path leads to each of `leaves`, in
+        their order; None: the nodes without children, by index. Nodes that no path goes through are left out. Nodes
+        are never merged, even where their tokens agree. predict: as in from_paths, but per node and with index 0
+        allowed where a node follows another token; None: all but the first tokens of the paths. A path has its own
+        prediction of every token, shared or not. Packed order: roots and children by index. `group` numbers the roots
+        by first appearance.
+        Raises ValueError for bad parents, cycles, paths without tokens, nothing at all, and predictions of a first
+        token.
+        """
+        nodes = [build.token_ids(own, f"tokens[{i}]") for i, own in enumerate(tokens)]
+        above = build.token_ids(parent, "parent").tolist()
+        if len(nodes) != len(above):
+            raise ValueError(f"parent: expected one index for each of {len(nodes)} nodes, got {len(above)}")
+        if not nodes:
+            raise ValueError("tokens: expected at least one node, got none")
+        order = build.depth_first(above)
+        if leaves is None:
+            leaves = sorted(set(range(len(nodes))) - set(above))
+        for s, leaf in enumerate(leaves):
+            if not build.is_int(leaf) or not 0 <= leaf < len(nodes):
+                raise ValueError(f"leaves[{s}]: expected the index of one of {len(nodes)} nodes, got {leaf}")
+        through = [build.path_to(leaf, above) for leaf in leaves]
+        for leaf, path in zip(leaves, through, strict=True):
+            if not any(len(nodes[k]) for k in path):
+                raise ValueError(f"tokens: expected at least one on every path, got none on the one to node {leaf}")
+        used = set().union(*through)
+        if not used:
+            raise ValueError("leaves: expected at least one node, got none")
+        follows = np.zeros(len(nodes), bool)  # whether a token stands before the node
+        for k in order:
+            follows[k] = above[k] >= 0 and (follows[above[k]] or len(nodes[above[k]]) > 0)
+        predicted = build.predictions(predict, np.asarray([len(node) for node in nodes]), ~follows)
+        packed = build.pack_nodes(nodes, [k for k in order if k in used], above, predicted, leaves)
+        return _tree(packed, _numbered([path[0] for path in through])).to(device or "cpu")
 
     @property
     def M(self) -> int:
@@ -172,111 +210,69 @@ class PrefixTree:
         moved = ("input_ids", "position", "end", "target", "offsets", "loss_rows", "last_rows", "group")
         return replace(self, **{name: getattr(self, name).to(device) for name in moved})
 
+    def unshared(self) -> PrefixTree:
+        """The same predictions in the same order, with every path a tree of its own: what sharing is compared with."""
+        if self.if_shared is not None or not self.S:
+            return self
+        host = self.to("cpu")
+        table = self.node_table.numpy()
+        rows = [build.rows_to(row, table) for row in host.last_rows.tolist()]
+        lengths = np.asarray([len(path) for path in rows])
+        start, counts = np.cumsum(lengths) - lengths, host.offsets.diff().numpy()
+        packed = build.Packed(
+            host.input_ids.numpy()[np.concatenate(rows)],
+            build.ranges(0, lengths),
+            np.repeat(start + lengths, lengths),
+            host.target.numpy(),
+            # A path's row at some depth is that many rows after its first one.
+            np.repeat(start, counts) + host.position.numpy()[host.loss_rows.numpy()],
+            start + lengths - 1,
+            counts,
+        )
+        alone = replace(_tree(packed, host.group.numpy()), if_shared=self.stats()._replace(shared=False))
+        return alone.to(self.device)
+
     def stats(self) -> TreeStats:
         """Tokens and the largest possible speed-ups against one padded-free row per path. Not for use inside a step.
 
         Attention is counted in query-key pairs: L(L+1)/2 per path before, depth + 1 per packed row after.
         A path without predictions would not be in a batch of repeated prompts and counts as nothing.
         """
-        lengths = self.offsets.diff()
-        first = self.offsets[:-1][lengths > 0]
-        total = (lengths[lengths > 0] + self.position[self.loss_rows[first]] + 1).double()
-        before = int(total.sum())
-        pairs = float((total * (total + 1) / 2).sum())
-        return TreeStats(before, self.M, before / self.M, pairs / float((self.position.double() + 1).sum()))
+        if self.if_shared is not None:
+            return self.if_shared
+        # NumPy: torch would wake its threads for index arithmetic that takes microseconds.
+        position, last, counts = (x.cpu().numpy() for x in (self.position, self.last_rows, self.offsets.diff()))
+        total = (position[last[counts > 0]] + 1).astype(np.float64)
+        before, pairs = int(total.sum()), float((total * (total + 1) / 2).sum())
+        return TreeStats(before, self.M, before / self.M, pairs / float((position + 1.0).sum()), True)
 
 
-def node_table(end: np.ndarray) -> np.ndarray:
-    """[K, 4] (start, stop, end, parent) of the runs of one `end`: a row and its only child share it, no others do."""
-    start = np.flatnonzero(np.r_[True, end[1:] != end[:-1]])
-    stop, last = np.r_[start[1:], len(end)], end[start]
-    parent: list[int] = []
-    open_nodes: list[tuple[int, int]] = [(-1, len(end) + 1)]
-    for k, (row, below) in enumerate(zip(start.tolist(), last.tolist(), strict=True)):
-        while open_nodes[-1][1] <= row:
-            open_nodes.pop()
-        parent.append(open_nodes[-1][0])
-        open_nodes.append((k, below))
-    return np.stack([start, stop, last, np.asarray(parent)], axis=1)
+def _shared(tree: PrefixTree, share: bool | None, device: torch.device | str | None) -> PrefixTree:
+    if share is None:
+        repeated = int((tree.position[tree.last_rows] + 1).sum())
+        share = not tree.M < repeated < SHARE_FROM * tree.M
+    return (tree if share else tree.unshared()).to(device or "cpu")
 
 
-def _ranges(starts: np.ndarray | int, lengths: np.ndarray) -> np.ndarray:
-    """starts[s], starts[s] + 1, ... (lengths[s] of them) for every s, one after the other."""
-    shift = starts - (np.cumsum(lengths) - lengths)
-    return np.repeat(shift, lengths) + np.arange(int(lengths.sum()))
+def _numbered(keys: list[int]) -> list[int]:
+    """0 for all keys equal to the first, 1 for those equal to the next new one, and so on."""
+    seen: dict[int, int] = {}
+    return [seen.setdefault(key, len(seen)) for key in keys]
 
 
-def _lexicographic(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The stable order of the paths. As unsigned big-endian bytes they compare by memcmp, which beats lists by far."""
-    keys = (tokens.view(np.uint64) ^ np.uint64(1 << 63)).astype(">u8").tobytes()
-    slices = [keys[8 * a : 8 * b] for a, b in zip(starts.tolist(), (starts + lengths).tolist(), strict=True)]
-    return np.asarray(sorted(range(len(slices)), key=slices.__getitem__))
+def _tree(packed: build.Packed, group: Sequence[int] | np.ndarray) -> PrefixTree:
+    def tensor(values: Sequence[int] | np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
 
-
-def _trie_rows(tokens: np.ndarray, depth: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(fresh, row) of every token of the sorted paths: whether the path before lacks it, and its packed row."""
-    before = np.repeat(np.r_[0, lengths[:-1]], lengths)
-    differs = (depth >= before) | (tokens != tokens[np.arange(len(tokens)) - before])
-    shared = np.minimum.reduceat(np.where(differs, depth, len(tokens)), np.cumsum(lengths) - lengths)
-    fresh = depth >= np.repeat(shared, lengths)
-    row = (np.cumsum(fresh) - 1) * fresh
-    # A shared token has the row of the path before. At one depth rows rise along the sorted paths, so a running maximum
-    # fills them in; a lift of depth * M keeps the depths apart. NumPy sorts 16-bit keys by radix, in linear time.
-    column = np.argsort(depth.astype(np.min_scalar_type(int(depth.max()))), kind="stable")
-    lift = depth[column] * int(fresh.sum())
-    row[column] = np.maximum.accumulate(row[column] + lift) - lift
-    return fresh, row
-
-
-def _flat_ids(paths: Sequence[Tokens], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of all paths one after the other, and their lengths."""
-    if all(type(path) is list for path in paths):
-        try:
-            values = np.asarray(list(chain.from_iterable(paths)))
-        except ValueError:  # ragged: the loop below says which
-            values = np.empty(0)
-        if values.ndim == 1 and values.dtype.kind in "iu":
-            return values.astype(np.int64), np.asarray([len(path) for path in paths])
-    ids = [_ids(path, f"{name}[{s}]") for s, path in enumerate(paths)]
-    return np.concatenate(ids), np.asarray([len(path) for path in ids])
-
-
-def _ids(tokens: Tokens, name: str) -> np.ndarray:
-    values = tokens.detach().cpu().numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
-    if values.size == 0:
-        return np.empty(0, dtype=np.int64)
-    if values.ndim != 1 or values.dtype.kind not in "iu":
-        raise ValueError(f"{name}: expected a list of token ids, got {values.ndim} dimensions of {values.dtype}")
-    return values.astype(np.int64)
-
-
-def _assemble(
-    ids: list[np.ndarray],
-    position: list[np.ndarray],
-    end: list[np.ndarray],
-    target: list[np.ndarray],
-    loss_rows: list[np.ndarray],
-    last_rows: list[int] | np.ndarray,
-    lengths: Sequence[int] | np.ndarray,
-    group: list[int],
-    device: torch.device | str | None,
-) -> PrefixTree:
-    def flat(parts: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, dtype=np.int64)
-
-    def tensor(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(device or "cpu")
-
-    positions, ends = flat(position), flat(end)
     return PrefixTree(
-        input_ids=tensor(flat(ids)),
-        position=tensor(positions),
-        end=tensor(ends),
-        target=tensor(flat(target)),
-        offsets=tensor(np.r_[0, np.cumsum(lengths)].astype(np.int64)),
-        loss_rows=tensor(flat(loss_rows)),
-        last_rows=tensor(np.asarray(last_rows, dtype=np.int64)),
-        group=tensor(np.asarray(group, dtype=np.int64)),
-        node_table=torch.from_numpy(node_table(ends).astype(np.int64)),
-        depth=int(positions.max()) + 1,
+        input_ids=tensor(packed.input_ids),
+        position=tensor(packed.position),
+        end=tensor(packed.end),
+        target=tensor(packed.target),
+        offsets=tensor(np.r_[0, np.cumsum(packed.counts)]),
+        loss_rows=tensor(packed.loss_rows),
+        last_rows=tensor(packed.last_rows),
+        group=tensor(group),
+        node_table=tensor(build.node_table(packed.end)),
+        depth=int(packed.position.max()) + 1,
     )

@@ -51,7 +51,7 @@ def flat_groups() -> tuple[rl.PrefixTree, list[list[int]]]:
     prompts = [ids(source, n) for n in (9, 1, 4)]
     responses = [[ids(source, n) for n in lengths] for lengths in ((7, 1, 0, 5), (3, 12), (6, 6, 2))]
     sequences = [p + r for p, answers in zip(prompts, responses, strict=True) for r in answers]
-    return rl.PrefixTree.from_groups(prompts, responses), sequences
+    return rl.PrefixTree.from_groups(prompts, responses, share=True), sequences
 
 
 def branching() -> tuple[rl.PrefixTree, list[list[int]]]:
@@ -61,14 +61,14 @@ def branching() -> tuple[rl.PrefixTree, list[list[int]]]:
     for branches in (2, 3, 2):
         firsts = range(3, 3 + branches)
         paths = [[*path, first, *ids(source, source.randrange(5))] for path in paths for first in firsts]
-    return rl.PrefixTree.from_paths(paths), paths
+    return rl.PrefixTree.from_paths(paths, share=True), paths
 
 
 def random_trie() -> tuple[rl.PrefixTree, list[list[int]]]:
     """Forty paths over three tokens, of 1 to 14: nodes of one token, paths inside paths, paths without predictions."""
     source = random.Random(3)
     paths = [[source.randrange(3, 6) for _ in range(source.randrange(1, 15))] for _ in range(40)]
-    return rl.PrefixTree.from_paths(paths), paths
+    return rl.PrefixTree.from_paths(paths, share=True), paths
 
 
 SHAPES = {"flat groups": flat_groups, "branching": branching, "random trie": random_trie}

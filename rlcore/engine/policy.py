@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,12 +112,9 @@ def answer_tree(prompts: Prompts, responses: Responses, device: torch.device) ->
     Beyond one copy of each prompt it shares what prompts have in common (an instruction) and what answers begin with.
     """
     pairs = [(prompt, answer) for prompt, group in zip(prompts, responses, strict=True) for answer in group]
-    trie = rl.PrefixTree.from_paths([prompt + answer for prompt, answer in pairs])
-    # NumPy: torch would wake its threads for index arithmetic that takes microseconds.
-    lengths, answers = trie.offsets.diff().numpy(), np.asarray([len(answer) for _, answer in pairs])
-    left = np.repeat(np.cumsum(lengths), lengths) - np.arange(trie.N)
-    keep = torch.from_numpy(np.flatnonzero(left <= np.repeat(answers, lengths)))
-    group = torch.tensor([g for g, bodies in enumerate(responses) for _ in bodies])
-    offsets = torch.from_numpy(np.r_[0, np.cumsum(answers)])
-    tree = replace(trie, target=trie.target[keep], loss_rows=trie.loss_rows[keep], offsets=offsets, group=group)
-    return tree.to(device)
+    return rl.PrefixTree.from_paths(
+        [prompt + answer for prompt, answer in pairs],
+        device,
+        predict=[len(prompt) for prompt, _ in pairs],
+        group=[g for g, bodies in enumerate(responses) for _ in bodies],
+    )

@@ -167,7 +167,7 @@ def calls_for(small):
 @given(paths=paths_strategy, sink=st.booleans())
 @settings(max_examples=25, deadline=None)
 def test_composition_on_random_tries(small, paths, sink):
-    tree = PrefixTree.from_paths(paths)
+    tree = PrefixTree.from_paths(paths, share=True)
     q, k, v, do, s = problem(tree, torch.float64, D=4, sink=sink)
     with calls_for(small):
         got = composed(tree, 0.4)(q, k, v, do, s)
@@ -194,7 +194,7 @@ def test_merge_is_stable_for_extreme_scores(size):
 @given(paths=paths_strategy)
 @settings(max_examples=25, deadline=None)
 def test_plan_covers_every_visible_pair_once(small, paths):
-    tree = PrefixTree.from_paths(paths)
+    tree = PrefixTree.from_paths(paths, share=True)
     pairs = np.zeros((tree.M, tree.M), dtype=int)
     with calls_for(small):
         parts = algorithm.plan(tree.node_table)

@@ -24,7 +24,8 @@ def inputs(M, dtype=torch.float32, Hq=4, Hkv=2, D=8, Dv=None):
 
 def random_tree(seed, paths=6):
     source = random.Random(seed)
-    return PrefixTree.from_paths([[source.randrange(3) for _ in range(source.randrange(2, 12))] for _ in range(paths)])
+    tokens = [[source.randrange(3) for _ in range(source.randrange(2, 12))] for _ in range(paths)]
+    return PrefixTree.from_paths(tokens, share=True)
 
 
 @pytest.mark.parametrize("sink", [False, True])

@@ -35,7 +35,7 @@ LONG = [[1] * 150 + [2] * n for n in (0, 1, 47, 130)]
 def forests():
     yield "groups", PrefixTree.from_groups(*GROUPS), oracle.group_rows(*GROUPS)
     for name, paths in (("paths", PATHS), ("one row", [[3]]), ("chain", CHAIN), ("long", LONG)):
-        yield name, PrefixTree.from_paths(paths), oracle.trie_rows(paths)
+        yield name, PrefixTree.from_paths(paths, share=True), oracle.trie_rows(paths)
 
 
 OPTIONS = {
@@ -113,7 +113,7 @@ def test_odd_head_sizes(D):
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
 def test_random_tries(paths, heads, window, softcap):
-    tree = PrefixTree.from_paths(paths)
+    tree = PrefixTree.from_paths(paths, share=True)
     check(tree, oracle.trie_rows(paths), problem(tree, torch.float32, *heads, D=4), window=window, softcap=softcap)
 
 
@@ -121,7 +121,7 @@ def test_random_tries(paths, heads, window, softcap):
 @settings(max_examples=30, deadline=None)
 def test_random_groups(groups):
     prompts, responses = [p for p, _ in groups], [r for _, r in groups]
-    tree = PrefixTree.from_groups(prompts, responses)
+    tree = PrefixTree.from_groups(prompts, responses, share=True)
     check(tree, oracle.group_rows(prompts, responses), problem(tree, D=5))
 
 
@@ -321,7 +321,7 @@ q, k, v, do, paths = torch.load(sys.argv[2])
 leaves = [x.requires_grad_() for x in (q, k, v)]
 out = []
 for options in ({}, {"window": 40, "softcap": 2.0}):
-    o = rl.prefix_attention(q, k, v, rl.PrefixTree.from_paths(paths), **options)
+    o = rl.prefix_attention(q, k, v, rl.PrefixTree.from_paths(paths, share=True), **options)
     out += o.detach(), *torch.autograd.grad(o, leaves, do)
 torch.save(out, sys.argv[3])
 """
@@ -334,7 +334,7 @@ def test_every_instruction_set(isa, tmp_path):
         pytest.skip("this CPU has no AVX2")
     source = random.Random(0)
     paths = LONG + [[1] * 150 + [source.randrange(3) for _ in range(20)] for _ in range(6)]
-    tree = PrefixTree.from_paths(paths)
+    tree = PrefixTree.from_paths(paths, share=True)
     q, k, v, do, _ = problem(tree, Hq=6, D=19, sink=False)
     torch.save((q, k, v, do, paths), tmp_path / "in")
     arguments = [sys.executable, "-c", CODE, isa, str(tmp_path / "in"), str(tmp_path / "out")]
