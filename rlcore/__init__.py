@@ -25,6 +25,7 @@ from rlcore.ops.segments import (
     whiten,
 )
 from rlcore.ops.vocab_head import LogProbs, linear_logprob, linear_policy_loss, logprob
+from rlcore.packing import pack_groups
 from rlcore.prefix_tree import PrefixTree
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ __all__ = [
     "logprob",
     "merge_metrics",
     "methods",
+    "pack_groups",
     "per_token",
     "policy_loss",
     "prefix_attention",

@@ -7,7 +7,7 @@ target[i], logp[i] is the log-probability of target[i]. Nothing inside the libra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -75,7 +75,7 @@ class TokenBatch:
     returns: Tensor | None = None
     totals: Totals | None = None
     count_empty: bool = True
-    # Set by `split` and `Objective.prepare`, never by hand.
+    # Set by `split`, `take` and `Objective.prepare`, never by hand.
     rows: slice | None = field(default=None, repr=False)
     sequences: slice | None = field(default=None, repr=False)
     whole: bool = field(default=True, repr=False)
@@ -128,7 +128,7 @@ class TokenBatch:
 
     @property
     def is_micro(self) -> bool:
-        """Whether this is a part of a minibatch, cut off by `split`."""
+        """Whether this is a part of a minibatch, cut off by `split` or `take`."""
         return not self.whole
 
     def lengths(self) -> Tensor:
@@ -197,6 +197,39 @@ class TokenBatch:
             totals=Totals(*self.totals),
         )
 
+    def take(self, sequences: Sequence[int] | Tensor) -> TokenBatch:
+        """The given sequences [K], in that order, as a micro-batch that keeps the totals, whatever lies between them.
+
+        Where several hold every sequence once (`rl.pack_groups`), their losses sum to that of the whole.
+        `.rows` and `.sequences` are None. Raises ValueError or TypeError for indices out of range and repeated ones.
+        """
+        index = self._checked_index(sequences)
+        rows = index
+        parts: dict[str, Any] = {}
+        if self.offsets is not None:
+            rows, parts["offsets"] = rows_of(self.offsets, index)
+        for name in TENSORS:
+            x = getattr(self, name)
+            if x is not None and name != "offsets":
+                parts[name] = x[index if name in PER_SEQUENCE else rows]
+        assert self.totals is not None
+        whole = self.whole and len(index) == self.S
+        return self.derived(**parts, rows=None, sequences=None, whole=whole, totals=Totals(*self.totals))
+
+    def _checked_index(self, sequences: Sequence[int] | Tensor) -> Tensor:
+        index = torch.as_tensor(sequences)
+        if index.numel() == 0:
+            raise ValueError("sequences: expected at least one index; got none")
+        if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
+            raise TypeError(
+                f"sequences: expected indices [K] of sequences; got shape {tuple(index.shape)} of {index.dtype}"
+            )
+        if index.device.type == "cpu":
+            found = index.tolist()
+            if min(found) < 0 or max(found) >= self.S or len(set(found)) < len(found):
+                raise ValueError(f"sequences: expected different indices below S={self.S}; got {found}")
+        return index.to(self.device)
+
     def chunk(self, start: int, stop: int) -> TokenBatch:
         """Rows [start, stop) of a flat batch as views; sequences keep their ids, offsets are clamped to the chunk."""
         parts = {}
@@ -240,6 +273,14 @@ def sequence_id(offsets: Tensor, N: int) -> Tensor:
     """The sequence of every row, [N] int64, from offsets [S+1]."""
     ids = torch.arange(offsets.shape[0] - 1, device=offsets.device)
     return torch.repeat_interleave(ids, offsets.diff(), output_size=N)
+
+
+def rows_of(offsets: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of the given sequences [K], one after the other, and the offsets [K + 1] among these rows."""
+    lengths = offsets.diff()[sequences]
+    chosen = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    shift = torch.repeat_interleave(offsets[sequences] - chosen[:-1], lengths)
+    return torch.arange(int(chosen[-1]), device=shift.device) + shift, chosen
 
 
 def per_token(x: Tensor, offsets: Tensor | TokenBatch) -> Tensor:

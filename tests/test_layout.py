@@ -210,3 +210,41 @@ def test_no_value_is_read_from_the_device():
         loss, metrics = rl.policy_loss(logp, batch, objective, entropy=logp)
         loss.backward()
         assert all(x.device.type == "meta" and x.dim() == 0 for x in metrics.values())
+
+
+@given(
+    lengths=st.lists(st.integers(0, 5), min_size=1, max_size=8).filter(lambda x: sum(x) > 0),
+    padded=st.booleans(),
+    data=st.data(),
+)
+def test_take_gives_the_rows_of_its_sequences(lengths, padded, data):
+    S = len(lengths)
+    if padded:
+        lengths = [3] * S
+    n = sum(lengths)
+    shape = (S, 3) if padded else (n,)
+    starts = None if padded else offsets(lengths)
+    batch = rl.TokenBatch(
+        ids(n).reshape(shape), starts, mask=torch.ones(shape), old_logp=ids(n).reshape(shape) / 2, group=ids(S) // 2
+    )
+    chosen = data.draw(st.lists(st.integers(0, S - 1), unique=True, min_size=1))
+    part = batch.take(chosen if data.draw(st.booleans()) else torch.tensor(chosen))
+    begins = offsets(lengths).tolist()
+    rows = [i for s in chosen for i in range(begins[s], begins[s + 1])]
+    assert part.target.flatten().tolist() == rows and part.old_logp.flatten().tolist() == [i / 2 for i in rows]
+    assert part.lengths().tolist() == [lengths[s] for s in chosen]
+    assert part.group.tolist() == [s // 2 for s in chosen] and part.padded == padded
+    assert all(a is b for a, b in zip(part.totals, batch.totals, strict=True))
+    assert part.is_micro == (len(chosen) < S) and part.rows is None and part.sequences is None
+    assert batch.split(2)[0].take([0]).is_micro == (len(batch.split(2)) > 1 or S > 1)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "error"),
+    [([2], ValueError), ([-1], ValueError), ([0, 0], ValueError), ([], ValueError), ([0.5], TypeError),
+     (torch.tensor([[0]]), TypeError), (torch.tensor([True, False]), TypeError)],
+)  # fmt: skip
+def test_take_names_what_it_can_not_take(chosen, error):
+    batch = rl.TokenBatch(ids(4), offsets([1, 3]))
+    with pytest.raises(error, match="sequences: expected"):
+        batch.take(chosen)

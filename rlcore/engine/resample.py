@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import rlcore as rl
-from rlcore.engine.rollout import Rollout, rows_of
+from rlcore.engine.rollout import Rollout
+from rlcore.layout import rows_of
 
 T = TypeVar("T")
 

@@ -14,7 +14,6 @@ from rlcore.engine.config import RolloutConfig
 from rlcore.engine.precision import numerics
 from rlcore.engine.sampler import sample
 from rlcore.engine.tasks import Problem, Task
-from rlcore.layout import TENSORS
 
 
 @dataclass(frozen=True)
@@ -92,16 +91,4 @@ def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 def take(batch: rl.TokenBatch, sequences: Tensor) -> rl.TokenBatch:
     """The given sequences [K] of a flat batch as a minibatch with denominators of its own."""
-    assert batch.offsets is not None
-    rows, offsets = rows_of(batch.offsets, sequences)
-    fields = {name: x for name in TENSORS if (x := getattr(batch, name)) is not None and name != "offsets"}
-    parts = {name: x[sequences] if name == "group" else x[rows] for name, x in fields.items()}
-    return replace(batch, **parts, offsets=offsets, totals=None)
-
-
-def rows_of(offsets: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of the given sequences [K], one after the other, and the offsets [K + 1] among these rows."""
-    lengths = offsets.diff()[sequences]
-    chosen = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    shift = torch.repeat_interleave(offsets[sequences] - chosen[:-1], lengths)
-    return torch.arange(int(chosen[-1]), device=shift.device) + shift, chosen
+    return replace(batch.take(sequences), totals=None, whole=True)

@@ -26,6 +26,7 @@ import rlcore as rl
 from accuracy import assert_accurate
 from oracles import policy_loss as oracle
 from rlcore.algorithms.policy_loss import chunk_loss, metric_names, prepare_chunks
+from rlcore.layout import rows_of
 
 
 @pytest.mark.parametrize("per_token_bounds", [True, False])
@@ -243,6 +244,36 @@ def test_order_and_split_do_not_matter(cell, lengths, seed, size, data):
     logp, entropy, batch = make_batch(shuffled)
     parts = [rl.policy_loss(logp[p.rows], p, objective, entropy=entropy[p.rows])[0] for p in batch.split(size)]
     assert torch.stack(parts).sum().item() == pytest.approx(loss.item(), rel=1e-9, abs=1e-12)
+
+
+@given(
+    cell=st.sampled_from(CUBE), most=st.integers(1, 30), whole=st.booleans(), seed=st.integers(0, 999),
+    groups=st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=4), min_size=1, max_size=5),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_packing_groups_changes_nothing(cell, most, whole, seed, groups):
+    """Loss, metrics and gradients of packed micro-batches sum to those of the minibatch, whatever lies together."""
+    ratio, surrogate, aggregate = cell
+    options = {"dual_clip": 2.0, "cap": 1.5, "kl": ("k2", 0.1), "entropy": 0.01, "length": 5.0}
+    case = make_case([length for lengths in groups for length in lengths], seed, ratio=ratio, surrogate=surrogate,
+                     aggregate=aggregate, **options)  # fmt: skip
+    group = torch.tensor([g for g, lengths in enumerate(groups) for _ in lengths])
+    objective = make_objective(case)
+    logp, entropy, batch = make_batch(case, group=group)
+    loss, metrics = rl.policy_loss(logp, batch, objective, entropy=entropy)
+    expected = torch.autograd.grad(loss, (logp, entropy))
+    assert loss.item() == pytest.approx(oracle.loss(case), rel=1e-9, abs=1e-12)
+    parts = []
+    for sequences in rl.pack_groups([2] * len(groups), groups, most, whole):
+        rows = rows_of(batch.offsets, torch.tensor(sequences))[0]
+        parts.append(rl.policy_loss(logp[rows], batch.take(sequences), objective, entropy=entropy[rows]))
+    total = torch.stack([part for part, _ in parts]).sum()
+    torch.testing.assert_close(total, loss)
+    for x, y in zip(torch.autograd.grad(total, (logp, entropy)), expected, strict=True):
+        torch.testing.assert_close(x, y)
+    merged = rl.merge_metrics([found for _, found in parts])
+    for name, x in metrics.items():
+        torch.testing.assert_close(merged[name], x, msg=name)
 
 
 def test_chunks_anywhere_for_token_scope():
