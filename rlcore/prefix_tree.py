@@ -15,11 +15,11 @@ from rlcore.prefix_tree_build import Tokens
 
 # What `predict` holds for a path or a node: the first predicted index, or 0/1 per token.
 Predict = Sequence[int | Sequence[int]]
-# Sharing is on from so many tokens of all paths apart per packed token. Paths apart over shared, CPU time of a model step
-# (Qwen3 of 4 x 256) with the attention in C++, and composed of flash calls, which pays for every run of rows:
-#   one shared token, 8 or 32 branches   1.003 to 1.016: 0.96 to 1.03, 0.98 to 1.01   1.054 to 1.060: 1.11 to 1.13, 0.98
-#   random tries of 40 to 200 paths      1.001 to 1.028: 1.02 to 1.04, 0.94 to 1.01   1.056 to 1.140: 1.07 to 1.15, 1.02+
-# Attention alone is up to 1.6 times slower where it is composed, up to 1.3 times in C++.
+# Sharing is on from so many tokens of all paths apart per packed token. CPU time of a model step (Qwen3 of 4 x 256),
+# paths apart over shared, with attention in C++ and composed of flash calls, which pays for every run of rows:
+#   one shared token, 8 or 32 branches  1.003 to 1.016: 0.96 to 1.03, 0.98 to 1.01  1.054, 1.060: 1.11 to 1.13, 0.98
+#   random tries of 40 to 200 paths     1.001 to 1.028: 1.02 to 1.04, 0.94 to 1.01  1.056 to 1.140: 1.07 to 1.15, 1.02+
+# Attention alone is up to 1.7 times slower where it is composed, up to 1.3 times in C++.
 SHARE_FROM = 1.05
 
 
