@@ -11,6 +11,7 @@
 
 #include "bindings.h"
 #include "cuda/launch.h"
+#include "cuda/policy_loss.h"
 #include "cuda/segments.h"
 #include "cuda/vocab_head.h"
 
@@ -173,6 +174,106 @@ void group_advantage(std::uintptr_t reward, std::uintptr_t group, std::uintptr_t
     check(rlcore::cuda::group_advantage(job, stream_of(stream)));
 }
 
+// Ratio ("none", "token", "unit"), surrogate, estimator ("" for none), aggregate; dual clip, correction, entropy term.
+using Structure = std::tuple<std::string, std::string, std::string, std::string, bool, bool, bool>;
+
+template <typename T>
+T one_of(const std::string& name, const std::vector<const char*>& names, const char* message) {
+    for (std::size_t i = 0; i < names.size(); ++i) {
+        if (name == names[i]) return static_cast<T>(i);
+    }
+    throw std::invalid_argument(message);
+}
+
+// numbers: clip_low, clip_high, dual_clip, cap, kl, entropy, length.
+rlcore::cuda::PolicyRule rule_of(const Structure& structure, const std::array<double, 7>& numbers) {
+    using namespace rlcore::cuda;
+    const auto& [ratio, surrogate, estimator, aggregate, dual_clip, correction, entropy_term] = structure;
+    const auto number = [&](std::size_t i) { return static_cast<float>(numbers[i]); };
+    PolicyRule rule = {};
+    rule.ratio = one_of<Ratio>(ratio, {"none", "token", "unit"}, "ratio: unknown");
+    rule.surrogate = one_of<Surrogate>(surrogate, {"ppo", "cispo", "reinforce"}, "surrogate: unknown");
+    rule.estimator = one_of<Estimator>(estimator, {"", "k1", "k2", "k3"}, "estimator: unknown");
+    rule.aggregate = one_of<Aggregate>(
+        aggregate, {"token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"},
+        "aggregate: unknown");
+    rule.has_dual_clip = dual_clip;
+    rule.has_correction = correction;
+    rule.has_entropy_term = entropy_term;
+    rule.clip_low = number(0);
+    rule.clip_high = number(1);
+    rule.dual_clip = number(2);
+    rule.cap = number(3);
+    rule.kl = number(4);
+    rule.entropy = number(5);
+    rule.length = number(6);
+    return rule;
+}
+
+// fields: addresses in the order of PolicyFields, 0 where there is none; totals: of tokens and sequences.
+rlcore::cuda::PolicyJob job_of(const std::array<std::uintptr_t, 12>& fields,
+                               const std::array<std::uintptr_t, 2>& totals, const Structure& structure,
+                               const std::array<double, 7>& numbers, std::int64_t rows) {
+    using rlcore::cuda::Estimator;
+    expect(rows >= 0, "rows: expected a number >= 0");
+    const bool none = rows == 0;
+    rlcore::cuda::PolicyJob job = {};
+    job.rule = rule_of(structure, numbers);
+    job.n = rows;
+    job.in.logp = pointer<const float>(fields[0], "logp", none);
+    job.in.entropy = pointer<const float>(fields[1], "entropy", none || !job.rule.has_entropy_term);
+    job.in.advantage = pointer<const float>(fields[2], "advantage", none);
+    job.in.old_logp = pointer<const float>(fields[3], "old_logp", true);
+    job.in.ref_logp = pointer<const float>(fields[4], "ref_logp", none || job.rule.estimator == Estimator::none);
+    job.in.rollout_logp = pointer<const float>(fields[5], "rollout_logp", none || !job.rule.has_correction);
+    job.in.weight = pointer<const float>(fields[6], "weight", true);
+    job.in.clip_low = pointer<const float>(fields[7], "clip_low", true);
+    job.in.clip_high = pointer<const float>(fields[8], "clip_high", true);
+    job.in.mask = pointer<const std::uint8_t>(fields[9], "mask", true);
+    job.in.kl_mask = pointer<const std::uint8_t>(fields[10], "kl_mask", true);
+    job.in.coefficient = pointer<const float>(fields[11], "coefficient", true);
+    job.tokens = pointer<const float>(totals[0], "totals", false);
+    job.sequences = pointer<const float>(totals[1], "totals", false);
+    return job;
+}
+
+// units: addresses of borders, order and known, then their count; shared: of mean, through and share.
+void policy_units(const std::array<std::uintptr_t, 12>& fields, const std::array<std::uintptr_t, 2>& totals,
+                  const Structure& structure, const std::array<double, 7>& numbers, std::int64_t rows,
+                  const std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int64_t>& units,
+                  const std::array<std::uintptr_t, 3>& shared, std::uintptr_t stream) {
+    rlcore::cuda::PolicyJob job = job_of(fields, totals, structure, numbers, rows);
+    const auto& [borders, order, known, count] = units;
+    expect(count >= 0, "units: expected a number >= 0");
+    job.units = {pointer<const std::int64_t>(borders, "borders", false),
+                 pointer<const std::int64_t>(order, "order", true), pointer<const std::int64_t>(known, "known", true),
+                 count};
+    job.shared = {pointer<float>(shared[0], "mean", true), pointer<float>(shared[1], "through", true),
+                  pointer<float>(shared[2], "share", true)};
+    check(rlcore::cuda::policy_units(job, stream_of(stream)));
+}
+
+// shared: addresses of mean and through; outputs: of d_logp, d_entropy, scratch, loss and metrics.
+void policy_loss(const std::array<std::uintptr_t, 12>& fields, const std::array<std::uintptr_t, 2>& totals,
+                 const Structure& structure, const std::array<double, 7>& numbers, std::int64_t rows,
+                 const std::array<std::uintptr_t, 2>& shared, const std::array<std::uintptr_t, 5>& outputs,
+                 unsigned chosen, std::uintptr_t stream) {
+    using rlcore::cuda::Aggregate;
+    using rlcore::cuda::Ratio;
+    rlcore::cuda::PolicyJob job = job_of(fields, totals, structure, numbers, rows);
+    expect(rows == 0 || job.in.coefficient != nullptr || job.rule.aggregate != Aggregate::sequence_mean,
+           "coefficient: needed for seq_mean_token_mean");
+    job.shared.mean = pointer<float>(shared[0], "mean", rows == 0 || job.rule.ratio != Ratio::unit);
+    job.shared.through = pointer<float>(shared[1], "through", true);
+    job.d_logp = pointer<float>(outputs[0], "d_logp", true);
+    job.d_entropy = pointer<float>(outputs[1], "d_entropy", true);
+    job.scratch = pointer<float>(outputs[2], "scratch", false);
+    job.loss = pointer<float>(outputs[3], "loss", false);
+    job.metrics = pointer<float>(outputs[4], "metrics", false);
+    job.chosen = chosen;
+    check(rlcore::cuda::policy_loss(job, stream_of(stream)));
+}
+
 py::dict features() {
     py::dict out;
 #if defined(CUDART_VERSION)
@@ -192,6 +293,10 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
     m.attr("MOST_REWARDS") = rlcore::cuda::kMostRewards;
     m.def("scan", &scan, "A reverse scan over packed sequences; see csrc/cuda/segments.h.");
     m.def("group_advantage", &group_advantage, "Advantages by groups; see csrc/cuda/segments.h.");
+    m.def("policy_units", &policy_units, "What rows of a sequence or segment share; see csrc/cuda/policy_loss.h.");
+    m.def("policy_loss", &policy_loss, "Loss, gradients and metrics of a batch; see csrc/cuda/policy_loss.h.");
+    m.def("policy_loss_scratch", &rlcore::cuda::policy_loss_scratch,
+          "The float32 numbers that `policy_loss` works in.");
     m.def("vocab_head_statistics", &vocab_head_statistics, "Row pass 1; see csrc/cuda/vocab_head.h.");
     m.def("vocab_head_gradient", &vocab_head_gradient, "Row pass 2; see csrc/cuda/vocab_head.h.");
 }

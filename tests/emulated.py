@@ -27,11 +27,11 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-def sources() -> list[Path]:
-    return [CSRC / "bindings_cuda.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
+SOURCES = (CSRC / "bindings_cuda.cpp", *sorted((CSRC / "cuda").glob("*.cu")))
+FOLDER = ROOT / "build" / "emulated"
 
 
-def build(*more: str) -> Path:
+def build(*more: str, sources: tuple[Path, ...] = SOURCES) -> Path:
     """The module, of objects that are made where their source, a header or the options are new.
 
     Skips the test where it can not be built.
@@ -40,24 +40,23 @@ def build(*more: str) -> Path:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("needs a C++ compiler")
-    folder = ROOT / "build" / "emulated"
-    folder.mkdir(parents=True, exist_ok=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
     headers = "".join(file.read_text() for file in sorted(CSRC.rglob("*.h")))
     includes = ["-I", str(CSRC), "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
     compile_ = [compiler, *OPTIONS, *more, *includes, "-c", "-x", "c++"]
     objects = [
-        made(folder, f"{source.stem}.o", [*compile_, str(source)], headers + source.read_text()) for source in sources()
+        made(f"{source.stem}.o", [*compile_, str(source)], headers + source.read_text()) for source in sources
     ]
     link = [compiler, "-shared", *more, *map(str, objects)]
-    return made(folder, "_cuda.so", link, "")
+    return made("_cuda.so", link, "")
 
 
-def made(folder: Path, name: str, command: list[str], content: str) -> Path:
+def made(name: str, command: list[str], content: str) -> Path:
     """What a command makes of some content, kept under a name that has both in it."""
     key = hashlib.sha256("\0".join([*command, content]).encode()).hexdigest()[:16]
-    out = folder / f"{key}-{name}"
+    out = FOLDER / f"{key}-{name}"
     if not out.exists():
-        partial = folder / f"{os.getpid()}-{out.name}"
+        partial = FOLDER / f"{os.getpid()}-{out.name}"
         done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         partial.replace(out)

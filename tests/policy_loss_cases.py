@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
 
@@ -64,3 +65,58 @@ def make_objective(case: oracle.Case) -> rl.Objective:
 def rich(ratio, surrogate, aggregate, **more) -> oracle.Case:
     options = {"dual_clip": 1.5, "cap": 1.2, "kl": ("k3", 0.3), "entropy": 0.05, "length": 9.0} | more
     return make_case(ratio=ratio, surrogate=surrogate, aggregate=aggregate, **options)
+
+
+# ---- kernels beside the reference
+
+
+def run(name, logp, batch, objective, entropy, device="cpu", d_loss=1.0):
+    """Loss, metrics and gradients on one backend, on the CPU."""
+    logp = logp.detach().to(device).requires_grad_()
+    entropy = None if entropy is None else entropy.detach().to(device).requires_grad_()
+    with rl.backend(name):
+        loss, metrics = rl.policy_loss(logp, batch.to(device), objective, entropy=entropy)
+    leaves = [logp] + [entropy] * (entropy is not None)
+    grads = torch.autograd.grad(d_loss * loss, leaves, allow_unused=True)
+    cpu = lambda x: None if x is None else x.cpu()  # noqa: E731
+    return loss.detach().cpu(), {k: v.cpu() for k, v in metrics.items()}, [cpu(g) for g in grads]
+
+
+def same(one, two):
+    (loss, metrics, grads), (other, named, gradients) = one, two
+    assert torch.equal(loss, other)
+    assert all(torch.equal(metrics[key].nan_to_num(), named[key].nan_to_num()) for key in metrics)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(grads, gradients, strict=True))
+
+
+def agree(got, want):
+    """With the reference in float64, whose inputs are those of float32."""
+    (loss, metrics, grads), (wide_loss, wide_metrics, wide) = got, want
+    torch.testing.assert_close(loss.double(), wide_loss, rtol=2e-6, atol=2e-6)
+    assert tuple(metrics) == tuple(wide_metrics)
+    for key, value in metrics.items():
+        torch.testing.assert_close(value.double(), wide_metrics[key], rtol=1e-5, atol=1e-6, msg=key)
+    for g, exact in zip(grads, wide, strict=True):
+        assert (g is None) == (exact is None)
+        if g is None:
+            continue
+        torch.testing.assert_close(g.double(), exact, rtol=2e-5, atol=3e-6 * float(exact.abs().max()))
+
+
+def widened(batch):
+    return replace(batch, **{k: getattr(batch, k).double() for k in FIELDS if getattr(batch, k, None) is not None})
+
+
+def large(ratio, aggregate):
+    """Several programs, sequences longer than a step, units that interleave."""
+    objective = rl.Objective(ratio, dual_clip=3.0, kl=rl.KL("k2", 0.1), entropy=0.01, correction=rl.TIS(1.1),
+                             aggregate=aggregate, length=9.0)  # fmt: skip
+    offsets = torch.tensor([0, 0, 1, 700, 1900, 1900, 2500])
+    n = 2500
+    logp = -torch.rand(n)
+    near = lambda: logp + 0.3 * torch.randn(n)  # noqa: E731
+    batch = rl.TokenBatch(
+        torch.zeros(n, dtype=torch.int64), offsets, mask=torch.rand(n) < 0.9, advantage=torch.randn(n), old_logp=near(),
+        ref_logp=near(), rollout_logp=near(), weight=torch.rand(n), segment=torch.arange(n) // 7 % 3,
+    )  # fmt: skip
+    return logp, torch.rand(n), batch, objective

@@ -1,9 +1,9 @@
 """`make asan` and `make tsan`: the native tests on a module that was built under a sanitizer.
 
 As a program (`sanitizers.py address|thread`) it builds csrc into build/, beside the installed module and not in its
-place, makes sure that planted faults are reported, and runs the tests once per instruction set. Any report ends the run
-with an error. As a pytest plugin of these runs it puts the built module in the place of `rlcore._native`, and spreads
-the tests over numbers of threads.
+place, makes sure that planted faults are reported, and runs the tests once per instruction set; `address` also runs the
+CUDA kernels, emulated. Any report ends the run with an error. As a pytest plugin of these runs it puts the built module
+in the place of `rlcore._native`, and spreads the tests over numbers of threads.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import emulated
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +33,8 @@ OPTIONS = {
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1:second_deadlock_stack=1",
 }
+# Of the emulated CUDA kernels; csrc/CMakeLists.txt has the same for the others.
+ADDRESS = ("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 # torch.compile has no part in the native code; the instruction sets have runs of their own.
 LEFT_OUT = ("compile", "every_instruction_set")
 ISAS = ["avx512", "avx2", "baseline"]
@@ -164,7 +167,19 @@ def main(kind: str) -> int:
         print(f"{kind} {isa}: exit status {done.returncode}, {time.monotonic() - began:.0f} s", flush=True)
         if done.returncode != 0:
             return done.returncode
+    if kind == "address":
+        return check_emulated([*start, *pytest_command], {**environment, "RLCORE_ISA": isas[0]})
     return 0
+
+
+def check_emulated(command: list[str | Path], environment: dict[str, str]) -> int:
+    """The tests of the CUDA kernels, emulated under the sanitizers."""
+    began = time.monotonic()
+    chosen = ["-k", "not static and not emulation", "tests/cuda", *sys.argv[2:]]
+    module = {"RLCORE_EMULATED": str(emulated.build(*ADDRESS)), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, *chosen], cwd=ROOT, env={**environment, **module})
+    print(f"address, CUDA emulated: exit status {done.returncode}, {time.monotonic() - began:.0f} s", flush=True)
+    return done.returncode
 
 
 if __name__ == "__main__":

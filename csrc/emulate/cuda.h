@@ -1,6 +1,7 @@
 // Enough of CUDA to run a kernel's source on the CPU, compiled as plain C++: what tests/emulated.py builds.
 //
-// Blocks run one after another; inside a block every thread is a fiber. Fibers change only at __syncthreads,
+// Blocks run one after another, in pseudo-random order; inside a block every thread is a fiber. Fibers change only at
+// __syncthreads,
 // __syncwarp and shuffles, and go on from there in pseudo-random order, so that most missing barriers give a wrong
 // result in some test. Shared memory is filled with NaN before each block. A barrier that not all threads reach is an
 // error. Not modelled: memory ordering, threads that run at the same time (a race inside one stretch of code between
@@ -11,11 +12,13 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <utility>
@@ -31,6 +34,18 @@ using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+
+// Nothing is captured here.
+using cudaStream_t = void*;
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+    *status = cudaStreamCaptureStatusNone;
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int byte, std::size_t size, cudaStream_t) {
+    std::memset(to, byte, size);
+    return cudaSuccess;
+}
 
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
@@ -172,6 +187,7 @@ class Block {
 };
 
 inline Block block;
+inline std::minstd_rand block_order;
 
 inline void Block::enter() {
     block.start_(block.body_);
@@ -182,7 +198,10 @@ template <typename Kernel, typename... Args>
 void launch(Kernel kernel, std::int64_t blocks, unsigned threads, Args... args) {
     grid_size.x = static_cast<unsigned>(blocks);
     block_size.x = threads;
-    for (unsigned b = 0; b < grid_size.x; ++b) {
+    std::vector<unsigned> order(grid_size.x);
+    std::iota(order.begin(), order.end(), 0u);
+    std::shuffle(order.begin(), order.end(), block_order);
+    for (const unsigned b : order) {
         block_index.x = b;
         auto body = [&] { kernel(args...); };
         block.run(threads, body);
@@ -218,6 +237,15 @@ T __shfl_up_sync(unsigned, T value, unsigned delta) {
     return emulate::block.shuffle(value, emulate::thread_index.x % emulate::kWarp - delta);
 }
 
+inline void __threadfence() {}
+inline unsigned atomicAdd(unsigned* to, unsigned x) {
+    const unsigned before = *to;
+    *to += x;
+    return before;
+}
+inline float __ldcg(const float* from) { return *from; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __int_as_float(int x) {
     float y;
@@ -225,8 +253,8 @@ inline float __int_as_float(int x) {
     return y;
 }
 inline float __uint_as_float(unsigned x) { return __int_as_float(static_cast<int>(x)); }
-inline int __float_as_int(float x) {
-    int y;
+inline unsigned __float_as_uint(float x) {
+    unsigned y;
     std::memcpy(&y, &x, sizeof(y));
     return y;
 }

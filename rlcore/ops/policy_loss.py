@@ -1,9 +1,9 @@
 """Policy and value losses on log-probs that exist already.
 
 A built-in objective of float32 (or narrower) scores runs as one pass that leaves the loss, all metrics and the
-gradients behind: in C++ on the CPU, in Triton on CUDA. The backward pass scales these by the incoming gradient and
-leaves them as they are, so it may run as often as the graph is retained. It can not be differentiated twice. Everything
-else is the reference.
+gradients behind: in C++ on the CPU, in Triton or CUDA C++ on CUDA. The backward pass scales these by the incoming
+gradient and leaves them as they are, so it may run as often as the graph is retained. It can not be differentiated
+twice. Everything else is the reference.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ def scaled(ctx: Any, d_loss: Tensor | None) -> tuple[Tensor | None, Tensor | Non
     if d_loss is None:
         return None, None
     gradients = ctx.saved_tensors
-    if torch.compiler.is_compiling() or d_loss.device.type != "cpu" or d_loss.item() != 1.0:
+    if torch.compiler.is_compiling():
         gradients = [x * d_loss for x in gradients]
+    elif d_loss.device.type != "cpu" or d_loss.item() != 1.0:
+        gradients = torch._foreach_mul(gradients, d_loss)  # both in one launch
     wanted = ctx.needs_input_grad
     return gradients[0] if wanted[0] else None, gradients[1] if wanted[1] else None
 

@@ -1,8 +1,9 @@
 """The raw policy loss: which implementation evaluates a batch or a chunk of it, and the custom op around that.
 
 An implementation takes a batch's fields where they lie and returns the loss, all metrics and the gradients at once:
-C++ (`policy_loss_native`) on the CPU, Triton (`policy_loss_triton`) on CUDA. Custom objectives and float64 are for the
-reference alone, and so is everything where neither is live.
+C++ (`policy_loss_native`) on the CPU, Triton (`policy_loss_triton`) on CUDA, or where that is asked for CUDA C++
+(`policy_loss_cuda`). Custom objectives and float64 are for the reference alone, and so is everything where none of
+these is live.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from rlcore.algorithms.policy_loss import (
 )
 from rlcore.algorithms.vocab_head import autograd_enabled
 from rlcore.layout import TokenBatch
-from rlcore.ops import backend, policy_loss_native, policy_loss_triton
+from rlcore.ops import backend, policy_loss_cuda, policy_loss_native, policy_loss_triton
 
 
 def is_raw(logp: Tensor, entropy: Tensor | None, objective: Objective) -> bool:
@@ -44,6 +45,8 @@ def implementation(logp: Tensor, entropy: Tensor | None, objective: Objective) -
         return None
     if backend.runs_triton(logp, backend.requested()):
         return policy_loss_triton
+    if backend.runs_cuda(logp):
+        return policy_loss_cuda
     on_cpu = logp.device.type == "cpu" and backend.requested() in (None, "native")
     return policy_loss_native if on_cpu and backend.native() is not None else None
 

@@ -54,7 +54,7 @@ def test_linear_logprob_of_16_bits(dtype, device):
 
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 def test_linear_policy_loss(ratio, device):
-    """The folded head, which forms its coefficients in torch."""
+    """The folded head, whose coefficients are those of the policy loss's kernels."""
     head = make("random", "rows", shape=(18,))
     case = rich(ratio, "ppo", "seq_mean_token_mean", lengths=(4, 1, 0, 7, 6))
     objective = make_objective(case)

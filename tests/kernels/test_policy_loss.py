@@ -9,7 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from policy_loss_cases import CUBE, FIELDS, RATIOS, SURROGATES, make_batch, make_case, make_objective, rich
+from policy_loss_cases import (
+    CUBE,
+    FIELDS,
+    RATIOS,
+    SURROGATES,
+    agree,
+    large,
+    make_batch,
+    make_case,
+    make_objective,
+    rich,
+    run,
+    same,
+    widened,
+)
 
 import rlcore as rl
 from accuracy import assert_accurate
@@ -21,40 +35,6 @@ from rlcore.ops import policy_loss_raw as raw
 pytest.importorskip("triton")
 
 AGGREGATES = ("token_mean", "seq_mean_token_mean")
-
-
-def run(name, logp, batch, objective, entropy, device="cpu", d_loss=1.0):
-    """Loss, metrics and gradients on one backend, on the CPU."""
-    logp = logp.detach().to(device).requires_grad_()
-    entropy = None if entropy is None else entropy.detach().to(device).requires_grad_()
-    with rl.backend(name):
-        loss, metrics = rl.policy_loss(logp, batch.to(device), objective, entropy=entropy)
-    leaves = [logp] + [entropy] * (entropy is not None)
-    grads = torch.autograd.grad(d_loss * loss, leaves, allow_unused=True)
-    cpu = lambda x: None if x is None else x.cpu()  # noqa: E731
-    return loss.detach().cpu(), {k: v.cpu() for k, v in metrics.items()}, [cpu(g) for g in grads]
-
-
-def same(one, two):
-    (loss, metrics, grads), (other, named, gradients) = one, two
-    assert torch.equal(loss, other)
-    assert all(torch.equal(metrics[key].nan_to_num(), named[key].nan_to_num()) for key in metrics)
-    assert all(a is b is None or torch.equal(a, b) for a, b in zip(grads, gradients, strict=True))
-
-
-def agree(got, want):
-    """With the reference in float64, whose inputs are those of float32."""
-    (loss, metrics, grads), (wide_loss, wide_metrics, wide) = got, want
-    torch.testing.assert_close(loss.double(), wide_loss, rtol=2e-6, atol=2e-6)
-    assert tuple(metrics) == tuple(wide_metrics)
-    for key, value in metrics.items():
-        torch.testing.assert_close(value.double(), wide_metrics[key], rtol=1e-5, atol=1e-6, msg=key)
-    for g, exact in zip(grads, wide, strict=True):
-        torch.testing.assert_close(g.double(), exact, rtol=2e-5, atol=3e-6 * float(exact.abs().max()))
-
-
-def widened(batch):
-    return replace(batch, **{k: getattr(batch, k).double() for k in FIELDS if getattr(batch, k, None) is not None})
 
 
 # ---- values
@@ -88,21 +68,6 @@ def test_plain_objectives_without_options(device, ratio, surrogate):
                              segment=batch.segment)  # fmt: skip
         want = run("reference", logp.double(), widened(bare), make_objective(case), None)
         agree(run("triton", logp, bare, make_objective(case), None, device), want)
-
-
-def large(ratio, aggregate):
-    """Several programs, sequences longer than a step, units that interleave."""
-    objective = rl.Objective(ratio, dual_clip=3.0, kl=rl.KL("k2", 0.1), entropy=0.01, correction=rl.TIS(1.1),
-                             aggregate=aggregate, length=9.0)  # fmt: skip
-    offsets = torch.tensor([0, 0, 1, 700, 1900, 1900, 2500])
-    n = 2500
-    logp = -torch.rand(n)
-    near = lambda: logp + 0.3 * torch.randn(n)  # noqa: E731
-    batch = rl.TokenBatch(
-        torch.zeros(n, dtype=torch.int64), offsets, mask=torch.rand(n) < 0.9, advantage=torch.randn(n), old_logp=near(),
-        ref_logp=near(), rollout_logp=near(), weight=torch.rand(n), segment=torch.arange(n) // 7 % 3,
-    )  # fmt: skip
-    return logp, torch.rand(n), batch, objective
 
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
