@@ -148,3 +148,14 @@ def test_more_than_2_to_the_31_logits():
     stats = both_passes(logits, target, scale, Coefficients(torch.ones(n, device="cuda"), None))
     assert torch.allclose(stats.logp, torch.tensor(-10.3972, device="cuda"))
     assert (logits[-1, 5] == 1).item() and (logits[-1, 6] < 0).item() and (logits[:, 5] == 1).all()
+
+
+def test_policy_loss_of_more_than_2_to_the_31_rows():
+    n = 2**31 + 5
+    logp, advantage = torch.zeros(n, device="cuda"), torch.ones(n, device="cuda")
+    batch = rl.TokenBatch(torch.zeros(1, dtype=torch.int64, device="cuda").expand(n),
+                          torch.tensor([0, n], device="cuda"), advantage=advantage)  # fmt: skip
+    with rl.backend("cuda"):
+        out = policy_loss_cuda.evaluate(logp, None, batch, rl.Objective(), (True, False))
+    assert out.loss.item() == pytest.approx(-1.0, rel=1e-5)
+    assert (out.d_logp[[0, 2**31 - 1, 2**31, n - 1]].cpu() * n).tolist() == pytest.approx([-1.0] * 4, rel=1e-5)
