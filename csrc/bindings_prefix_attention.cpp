@@ -83,10 +83,21 @@ Problem problem_of(std::uintptr_t node_table, std::int64_t nodes, std::int64_t r
     return p;
 }
 
-std::unique_ptr<float[]> scratch_of(const Problem& p, bool backward, int threads) {
+// Working memory of all threads, on a cache line: whole registers are loaded from it.
+struct Scratch {
+    std::unique_ptr<float[]> memory;
+    float* data;
+};
+
+Scratch scratch_of(const Problem& p, bool backward, int threads) {
     expect(threads >= 1, "threads: expected at least 1");
-    const std::int64_t each = RLCORE_CALL(attention_needs, p.attention, backward).scratch;
-    return std::unique_ptr<float[]>(new float[static_cast<std::size_t>(each * threads)]);
+    constexpr std::size_t line = 64;
+    const auto each = static_cast<std::size_t>(RLCORE_CALL(attention_needs, p.attention, backward).scratch);
+    Scratch s = {std::unique_ptr<float[]>(new float[each * static_cast<std::size_t>(threads) + line / sizeof(float)]),
+                 nullptr};
+    const std::size_t past = reinterpret_cast<std::uintptr_t>(s.memory.get()) % line;
+    s.data = s.memory.get() + (line - past) % line / sizeof(float);
+    return s;
 }
 
 void forward(std::uintptr_t node_table, std::int64_t nodes, std::int64_t rows, const View& q, const View& k,
@@ -97,7 +108,7 @@ void forward(std::uintptr_t node_table, std::int64_t nodes, std::int64_t rows, c
         problem_of(node_table, nodes, rows, q, k, v, query_heads, key_heads, size, scale, window, softcap, sink);
     const auto scratch = scratch_of(p, false, threads);
     RLCORE_CALL(attention_forward, p.attention, p.tiles.data(), static_cast<std::int64_t>(p.tiles.size()),
-                scratch.get(), pointer<float>(o, "o", rows == 0), pointer<float>(lse, "lse", rows == 0), threads);
+                scratch.data, pointer<float>(o, "o", rows == 0), pointer<float>(lse, "lse", rows == 0), threads);
 }
 
 void backward(std::uintptr_t node_table, std::int64_t nodes, std::int64_t rows, const View& q, const View& k,
@@ -111,7 +122,7 @@ void backward(std::uintptr_t node_table, std::int64_t nodes, std::int64_t rows, 
     const bool none = rows == 0;
     RLCORE_CALL(attention_backward, p.attention, p.tiles.data(), p.trees.data(),
                 static_cast<std::int64_t>(p.trees.size()), slices, rows, heads_of(dout, "dout", none),
-                heads_of(o, "o", none), pointer<const float>(lse, "lse", none), scratch.get(),
+                heads_of(o, "o", none), pointer<const float>(lse, "lse", none), scratch.data,
                 pointer<float>(dq, "dq", none), pointer<float>(dk, "dk", none), pointer<float>(dv, "dv", none),
                 threads);
 }

@@ -75,9 +75,12 @@ void enter(const Attention& a, const Tile& tile, std::int64_t key_head, Work& w)
 
 void gather(const Heads& x, const Attention& a, std::int64_t head, const std::int32_t* rows, std::int64_t n,
             float* out) {
-    const float* from = x.data + head * x.head_stride;
+    const float* base = x.data + head * x.head_stride;
     for (std::int64_t j = 0; j < n; ++j) {
-        std::memcpy(out + j * a.size, from + rows[j] * x.row_stride, static_cast<std::size_t>(a.size) * sizeof(float));
+        const float* from = base + rows[j] * x.row_stride;
+        std::int64_t d = 0;
+        for (; d + kLanes <= a.size; d += kLanes) store(out + j * a.size + d, load(from + d));
+        for (; d < a.size; ++d) out[j * a.size + d] = from[d];
     }
 }
 
@@ -132,8 +135,8 @@ void hide(const Work& w, std::int64_t window, std::int64_t first, std::int64_t n
 }
 
 struct Running {
-    float top[kTile];
-    float sum[kTile];
+    alignas(64) float top[kTile];
+    alignas(64) float sum[kTile];
 };
 
 // Scores of a block -> exp(score - maximum so far) in place; what was summed before shrinks by the returned factors.
@@ -181,7 +184,7 @@ void forward_tile(const Attention& a, const Tile& tile, std::int64_t key_head, f
     enter(a, tile, key_head, w);
     columns_of(a.q, a, w, a.scale, qt);
     Running run;
-    float factor[kTile];
+    alignas(64) float factor[kTile];
     for (std::int64_t i = 0; i < kTile; ++i) {
         run.top[i] = kLowest;
         run.sum[i] = 0.0f;
@@ -271,8 +274,8 @@ void backward_tile(const Attention& a, const Tile& tile, std::int64_t key_head, 
     columns_of(dout, a, w, 1.0f, dot);
     rows_of(a.q, a, w, a.scale, qr);
     rows_of(dout, a, w, 1.0f, dor);
-    float total[kTile];
-    float delta[kTile];
+    alignas(64) float total[kTile];
+    alignas(64) float delta[kTile];
     for (std::int64_t i = 0; i < kTile; ++i) {
         total[i] = i < w.lanes ? lse[w.row[i] * a.query_heads + w.head[i]] : -kLowest;
         delta[i] = 0.0f;

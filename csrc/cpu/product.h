@@ -59,6 +59,7 @@ void columns(const Product& p, std::int64_t rows, std::int64_t column) {
     std::int64_t r = 0;
     for (; r + R <= rows; r += R) block<R, N, kAdd>(p, r, column);
     for (; r + 4 <= rows; r += 4) block<4, N, kAdd>(p, r, column);
+    for (; r + 2 <= rows; r += 2) block<2, N, kAdd>(p, r, column);
     for (; r < rows; ++r) block<1, N, kAdd>(p, r, column);
 }
 

@@ -26,7 +26,8 @@ typedef std::int32_t Ints __attribute__((vector_size(RLCORE_VECTOR_BYTES)));
 
 #define RLCORE_INLINE static inline __attribute__((always_inline))
 
-RLCORE_INLINE Floats broadcast(float x) { return Floats{} + x; }
+// x - 0 is x, also for -0, so that nothing is left of it but a load into all lanes; x + 0 would be computed.
+RLCORE_INLINE Floats broadcast(float x) { return x - Floats{}; }
 
 RLCORE_INLINE Floats load(const float* p) {
     Floats x;
