@@ -107,8 +107,8 @@ void forward(std::uintptr_t node_table, std::int64_t nodes, std::int64_t rows, c
     const Problem p =
         problem_of(node_table, nodes, rows, q, k, v, query_heads, key_heads, size, scale, window, softcap, sink);
     const auto scratch = scratch_of(p, false, threads);
-    RLCORE_CALL(attention_forward, p.attention, p.tiles.data(), static_cast<std::int64_t>(p.tiles.size()),
-                scratch.data, pointer<float>(o, "o", rows == 0), pointer<float>(lse, "lse", rows == 0), threads);
+    RLCORE_CALL(attention_forward, p.attention, p.tiles.data(), static_cast<std::int64_t>(p.tiles.size()), scratch.data,
+                pointer<float>(o, "o", rows == 0), pointer<float>(lse, "lse", rows == 0), threads);
 }
 
 void backward(std::uintptr_t node_table, std::int64_t nodes, std::int64_t rows, const View& q, const View& k,

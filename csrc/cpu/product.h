@@ -113,14 +113,20 @@ bool finite(const float* x, std::int64_t rows, std::int64_t columns, std::int64_
         columns *= rows;
         rows = 1;
     }
-    Floats zeros = Floats{};
+    // Four sums, or every addition would wait for the one before.
+    Floats zeros[4] = {};
     float rest = 0.0f;
     for (std::int64_t r = 0; r < rows; ++r) {
+        const float* at = x + r * pitch;
         std::int64_t c = 0;
-        for (; c + kLanes <= columns; c += kLanes) zeros += load(x + r * pitch + c) * 0.0f;
-        for (; c < columns; ++c) rest += x[r * pitch + c] * 0.0f;
+        for (; c + 4 * kLanes <= columns; c += 4 * kLanes) {
+#pragma GCC unroll 4
+            for (int n = 0; n < 4; ++n) zeros[n] += load(at + c + n * kLanes) * 0.0f;
+        }
+        for (; c + kLanes <= columns; c += kLanes) zeros[0] += load(at + c) * 0.0f;
+        for (; c < columns; ++c) rest += at[c] * 0.0f;
     }
-    return sum(zeros) + static_cast<double>(rest) == 0.0;
+    return sum((zeros[0] + zeros[1]) + (zeros[2] + zeros[3])) + static_cast<double>(rest) == 0.0;
 }
 
 }  // namespace
