@@ -78,18 +78,20 @@ def sample(
 
 
 def prefill(
-    model: Any, prompts: list[list[int]], pad_id: int, device: torch.device
+    model: Any, prompts: list[list[int]], pad_id: int, device: torch.device, keep_all: bool = False
 ) -> tuple[Tensor, Any, Tensor, Tensor]:
     """Runs P prompts through the model once: last logits [P, V], cache, attention mask [P, L], last position [P].
 
-    The common beginning of all prompts runs once, in a batch of one; the rest is padded on the left, behind it.
+    The common beginning of all prompts runs once, in a batch of one; the rest is padded on the left, behind it. With a
+    sliding window it runs with every prompt, since windows are counted in columns and padding would take part of them.
+    The cache keeps what windows still need, or, with `keep_all`, the keys of all tokens in all layers.
     """
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
-    shortest = min(len(prompt) for prompt in prompts)
-    common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*prompts)))
-    common = min(common, shortest - 1) if len(prompts) > 1 else 0
+    common = 0 if any(cache.is_sliding) else shared_length(prompts)
+    if keep_all:
+        cache = DynamicCache()
     if common:
         head = torch.tensor([prompts[0][:common]], device=device)
         model(head, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -104,6 +106,14 @@ def prefill(
         rest, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1
     )
     return out.logits[:, -1], cache, mask, position[:, -1]
+
+
+def shared_length(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with alike, so that at least one is left of each; 0 for a single prompt."""
+    if len(prompts) < 2:
+        return 0
+    common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*prompts)))
+    return min(common, min(len(prompt) for prompt in prompts) - 1)
 
 
 def draw(

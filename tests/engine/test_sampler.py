@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from decoder_cases import build
 
 from rlcore.engine.sampler import draw, sample, truncate
 from rlcore.engine.seeding import generator
@@ -40,6 +41,18 @@ def test_logp_agrees_with_a_full_forward(small, temperature):
         torch.testing.assert_close(out.model_logp[row, :length], expected, atol=2e-5, rtol=0)
         torch.testing.assert_close(out.behaviour_logp[row, :length], expected, atol=2e-5, rtol=0)
         assert not out.behaviour_logp[row, length:].any()
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Gemma2", "Gemma3", "GptOss"])
+def test_windows_are_those_of_a_full_forward(name):
+    """Prompts that begin alike and have different lengths, all beyond a window of four tokens."""
+    model = build(name, initializer_range=0.1).eval()
+    prompts = [[5, 6, 7, 8, 9, 10], [5, 6, 7], [5, 6, 12, 13], [5, 6, 21, 22, 23, 24, 25, 26, 27, 28]]
+    out = sample(model, prompts, 2, max_new_tokens=8, eos_id=2, pad_id=0, generator=generator(0))
+    for row, length in enumerate(out.lengths.tolist()):
+        answer = out.ids[row, :length].tolist()
+        expected = full_forward(model, prompts[row // 2], answer).gather(1, torch.tensor(answer)[:, None])[:, 0]
+        torch.testing.assert_close(out.model_logp[row, :length], expected, atol=2e-5, rtol=0)
 
 
 def test_same_seed_same_answers(small):

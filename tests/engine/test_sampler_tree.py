@@ -1,0 +1,255 @@
+"""Branching: any prefix goes on, nothing is computed twice, and random numbers belong to places in the tree."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from decoder_cases import build
+
+from rlcore.engine.sampler import sample
+from rlcore.engine.sampler_tree import Sampler
+from rlcore.engine.seeding import generator
+
+PROMPTS = [[5, 6, 7, 8, 9, 10], [5, 6, 7], [5, 6, 12, 13], [5]]
+EOS = 2
+
+
+def sampler(model, seed=0, length=6, **options):
+    return Sampler(model, max_new_tokens=length, eos_id=EOS, pad_id=0, seed=seed, **options)
+
+
+def model_of(name="Qwen3"):
+    """Flat distributions, so that sequences of all lengths come up."""
+    return build(name, initializer_range=0.1).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_of()
+
+
+def check_logp(model, tree, node, temperature=1.0):
+    """A sequence's log-probs against one plain forward pass over its path."""
+    it, path = tree.nodes[node], tree.path(node)
+    with torch.no_grad():
+        logits = model(torch.tensor([path])).logits[0, it.at - 1 : -1]
+    expected = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(it.tokens)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(it.model_logp), expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(torch.tensor(it.behaviour_logp), expected, atol=2e-5, rtol=0)
+
+
+class Passed:
+    """The shapes [rows, tokens] that went through a model inside the block."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __enter__(self):
+        self.shapes = []
+        self.hook = self.model.model.register_forward_pre_hook(
+            lambda module, args, kwargs: self.shapes.append(tuple((args[0] if args else kwargs["input_ids"]).shape)),
+            with_kwargs=True,
+        )
+        return self
+
+    def __exit__(self, *error):
+        self.hook.remove()
+
+    @property
+    def tokens(self):
+        return sum(rows * tokens for rows, tokens in self.shapes)
+
+
+def grow(tree, prompts=PROMPTS):
+    """A tree with branches of every kind; returns the sequences that were sampled."""
+    starts = tree.start(prompts)
+    for node in starts:
+        tree.branch(node, 3)
+    for _ in range(3):
+        tree.step()
+    sampled = [i for i, node in enumerate(tree.nodes) if node.limit]
+    running = next(i for i in sampled if tree.nodes[i].running)
+    deep = tree.branch(running, 2, at=tree.nodes[running].at + 1)  # from the middle of one that runs
+    tree.branch(running, 2)  # from where it is
+    tree.branch(starts[0], 1, at=4)  # from inside of a prompt
+    tree.run()
+    for node in deep:
+        assert len(tree.path(node)) > tree.nodes[node].at
+        again = tree.branch(node, 2, at=tree.nodes[node].at + 1)  # a branch of a branch, from one that has ended
+        tree.run()
+        tree.branch(again[0], 1, at=tree.nodes[node].at)  # through it, from its parent
+    tree.run()
+    return [i for i, node in enumerate(tree.nodes) if node.limit]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("name", ["Qwen3", "Mistral", "Gemma2", "GptOss"])
+def test_log_probs_are_those_of_a_fresh_pass(name, temperature):
+    """Also beyond sliding windows of four tokens, which branches from before the window reach."""
+    model = model_of(name)
+    tree = sampler(model, length=9, temperature=temperature)
+    for node in grow(tree):
+        check_logp(model, tree, node, temperature)
+
+
+def test_sequences_end_and_hold_what_they_say(model):
+    tree = sampler(model)
+    sampled = grow(tree)
+    lengths = set()
+    for node in sampled:
+        it = tree.nodes[node]
+        assert tree.path(node)[: it.at] == tree.path(it.parent)[: it.at] and tree.path(node)[it.at :] == it.tokens
+        assert EOS not in it.tokens[:-1] and (it.tokens[-1] == EOS or len(it.tokens) == 6)
+        lengths.add(len(it.tokens))
+        # Its own tokens but the last, and the one before them.
+        assert all(k.shape[1] == v.shape[1] == len(it.tokens) for k, v in it.kv)
+    assert len(lengths) > 2 and not tree._cache.layers
+
+
+def test_no_prefix_is_computed_again(model):
+    """Every prompt token but the last once, every sampled token but the last once, and one more for each branch."""
+    tree = sampler(model)
+    with Passed(model) as passed:
+        starts = tree.start(PROMPTS)
+        assert passed.shapes == [(1, 1), (3, 4)], "what all begin with, then the rest but the last, padded"
+        passed.shapes.clear()
+        children = [tree.branch(node, 4) for node in starts]
+        tree.step()
+        assert passed.shapes == [(4, 1)], "one row for each branch, not one for each sequence"
+        tree.run()
+        drawn = sum(len(tree.nodes[i].tokens) for group in children for i in group)
+        assert passed.tokens == 4 + drawn - 16
+        longest = max(children[0], key=lambda i: len(tree.nodes[i].tokens))
+        passed.shapes.clear()
+        new = tree.branch(longest, 5, at=tree.nodes[longest].at + 2)
+        new += tree.branch(longest, 1, at=tree.nodes[longest].at + 2)
+        tree.run()
+        assert passed.shapes[0] == (1, 1) and all(tokens == 1 for _, tokens in passed.shapes)
+        assert passed.tokens == 1 + sum(len(tree.nodes[i].tokens) - 1 for i in new)
+
+
+def test_a_running_sequence_and_its_branches_share_a_row(model):
+    tree = sampler(model)
+    node = tree.branch(tree.start([PROMPTS[0]])[0])[0]
+    tree.step()
+    assert tree.nodes[node].running
+    with Passed(model) as passed:
+        tree.branch(node, 3)
+        tree.step()
+        assert passed.shapes == [(1, 1)]
+
+
+def test_only_what_runs_is_copied(model):
+    """At rest: one key per prompt token but the last (shared ones once), and one per sampled token."""
+    tree = sampler(model, length=5)
+    first = tree.start([PROMPTS[0], PROMPTS[1]])
+    held = [sum(node.kv[0][0].shape[1] for node in tree.nodes if node.kv)]
+    assert held == [2 + (5 - 1) + (2 - 1)]  # a branch's keys begin one token before its own
+    children = tree.branch(first[0], 2) + tree.branch(first[1], 2)
+    tree.step()
+    rows = [i for i in children if tree.nodes[i].running]
+    assert tree._cache.layers[0].keys.shape[0] == len(rows)
+    assert tree._cache.layers[0].keys.shape[2] == max(len(tree.path(i)) - 1 for i in rows)
+    tree.run()
+    assert sum(node.kv[0][0].shape[1] for node in tree.nodes) == held[0] + sum(
+        len(tree.nodes[i].tokens) for i in children
+    )
+    assert all(k.untyped_storage().nbytes() == k.numel() * 4 for node in tree.nodes for pair in node.kv for k in pair)
+
+
+def answers(tree, nodes):
+    return [tree.nodes[i].tokens for i in nodes]
+
+
+def test_answers_do_not_depend_on_what_else_runs(model):
+    alone = sampler(model)
+    expected = alone.branch(alone.start([PROMPTS[0]])[0], 3)
+    alone.run()
+    kept = next(i for i in expected if len(alone.nodes[i].tokens) > 2)
+    middle = alone.branch(kept, 2, at=8)
+    alone.run()
+
+    crowded = sampler(model)
+    starts = crowded.start(PROMPTS)
+    first = crowded.branch(starts[0], 2)
+    crowded.branch(starts[2], 5)
+    crowded.step()
+    first += crowded.branch(starts[0], 1)
+    crowded.step()
+    others = crowded.branch(starts[0], 1, at=3)
+    crowded.run()
+    assert answers(crowded, first) == answers(alone, expected)
+    same = crowded.branch(first[expected.index(kept)], 2, at=8)
+    crowded.branch(others[0], 2, at=4)
+    crowded.run()
+    assert answers(crowded, same) == answers(alone, middle)
+    other = sampler(model, seed=1)
+    changed = other.branch(other.start([PROMPTS[0]])[0], 3)
+    other.run()
+    assert answers(other, changed) != answers(alone, expected)
+    assert len({tuple(tokens) for tokens in answers(alone, expected)}) > 1
+
+
+def test_same_distribution_as_sample(model):
+    """With the numbers of `sample` in place of its own, the same answers and log-probs."""
+    drawn = sample(model, PROMPTS, 3, max_new_tokens=6, eos_id=EOS, pad_id=0, generator=generator(4), top_k=9)
+    table = torch.rand(12, 6, generator=generator(4)).tolist()
+    tree = sampler(model, top_k=9)
+    nodes = [i for node in tree.start(PROMPTS) for i in tree.branch(node, 3)]
+    for node, row in zip(nodes, table, strict=True):
+        tree.nodes[node].uniform = row
+    tree.run()
+    for r, node in enumerate(nodes):
+        it, length = tree.nodes[node], int(drawn.lengths[r])
+        assert it.tokens == drawn.ids[r, :length].tolist()
+        for ours, theirs in ((it.behaviour_logp, drawn.behaviour_logp), (it.model_logp, drawn.model_logp)):
+            torch.testing.assert_close(torch.tensor(ours), theirs[r, :length], atol=2e-5, rtol=0)
+
+
+def test_the_table_is_the_tree(model):
+    """Following parents from a leaf gives the path; sampled tokens alone are predictions; every prefix occurs once."""
+    tree = sampler(model)
+    sampled = grow(tree)
+    table = tree.table()
+    for node, leaf in zip(sampled, table.leaves, strict=True):
+        pieces = []
+        while leaf >= 0:
+            pieces.insert(0, leaf)
+            leaf = table.parent[leaf]
+        assert [t for piece in pieces for t in table.tokens[piece]] == tree.path(node)
+        prompt = sum(len(table.tokens[piece]) for piece in pieces if table.predict[piece])
+        assert all(table.predict[piece] in (0, len(table.tokens[piece])) for piece in pieces)
+        assert any(tree.path(node)[:prompt] == p[:prompt] for p in PROMPTS)
+    assert sum(map(len, table.tokens)) == sum(len(node.tokens) for node in tree.nodes)
+    assert tree.table([sampled[3]]).leaves == [table.leaves[3]]
+
+
+def test_bad_input(model):
+    tree = sampler(model)
+    with pytest.raises(ValueError, match=r"prompts\[1\]: expected at least one token"):
+        tree.start([[1], []])
+    node = tree.start([[5, 6]])[0]
+    for arguments, message in (
+        ({"node": 9}, "node: expected one of 1 nodes, got 9"),
+        ({"node": node, "at": 3}, "at: expected 1 to 2, the tokens of node 0, got 3"),
+        ({"node": node, "at": 0}, "at: expected 1 to 2"),
+        ({"node": node, "n": 0}, "n: expected at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tree.branch(**arguments)
+    children = tree.branch(node, 40)
+    tree.run()
+    ended = next(i for i in children if tree.nodes[i].tokens[-1] == EOS)
+    with pytest.raises(ValueError, match="is the end token"):
+        tree.branch(ended)
+
+
+def test_refuses_layers_that_keep_no_keys():
+    import transformers
+
+    config = transformers.MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, state_size=4)
+    with pytest.raises(ValueError, match="model"):
+        sampler(transformers.MambaForCausalLM(config)).start([[1, 2, 3]])
+    chunked = build("Llama", layer_types=["chunked_attention"] * 3)
+    with pytest.raises(ValueError, match="chunked_attention"):
+        sampler(chunked)
