@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from decoder_cases import build
 
+import rlcore as rl
+from rlcore.adapters.transformers import head
 from rlcore.engine.sampler import sample
 from rlcore.engine.sampler_tree import Sampler
 from rlcore.engine.seeding import generator
@@ -206,22 +210,26 @@ def test_same_distribution_as_sample(model):
             torch.testing.assert_close(torch.tensor(ours), theirs[r, :length], atol=2e-5, rtol=0)
 
 
-def test_the_table_is_the_tree(model):
-    """Following parents from a leaf gives the path; sampled tokens alone are predictions; every prefix occurs once."""
+def test_the_table_makes_a_prefix_tree(model):
+    """One path per sequence, predictions of all that was sampled, and the log-probs that it was sampled at."""
     tree = sampler(model)
     sampled = grow(tree)
     table = tree.table()
-    for node, leaf in zip(sampled, table.leaves, strict=True):
-        pieces = []
-        while leaf >= 0:
-            pieces.insert(0, leaf)
-            leaf = table.parent[leaf]
-        assert [t for piece in pieces for t in table.tokens[piece]] == tree.path(node)
-        prompt = sum(len(table.tokens[piece]) for piece in pieces if table.predict[piece])
-        assert all(table.predict[piece] in (0, len(table.tokens[piece])) for piece in pieces)
-        assert any(tree.path(node)[:prompt] == p[:prompt] for p in PROMPTS)
     assert sum(map(len, table.tokens)) == sum(len(node.tokens) for node in tree.nodes)
+    packed = rl.PrefixTree.from_nodes(*table)
+    attached = rl.attach(copy.deepcopy(model))
+    logp = rl.linear_logprob(rl.trunk(attached, packed), target=packed.target, **head(attached)._asdict()).logp
+    for s, node in enumerate(sampled):
+        own, it = slice(int(packed.offsets[s]), int(packed.offsets[s + 1])), tree.nodes[node]
+        first = min(tree.nodes[i].at for i in lineage(tree, node) if tree.nodes[i].limit)
+        assert packed.target[own].tolist() == tree.path(node)[first:]
+        torch.testing.assert_close(logp[own][-len(it.tokens) :], torch.tensor(it.model_logp), atol=2e-5, rtol=0)
     assert tree.table([sampled[3]]).leaves == [table.leaves[3]]
+
+
+def lineage(tree, node):
+    """The node and all that it goes back to."""
+    return [node, *lineage(tree, tree.nodes[node].parent)] if node >= 0 else []
 
 
 def test_bad_input(model):
