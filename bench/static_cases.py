@@ -7,6 +7,7 @@ kernel once; `make test-full` and `make static` compile all of them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,9 +99,54 @@ def policy_loss() -> dict[str, Case]:
     return cases
 
 
-FAMILIES = {"segments": segments(), "prefix_attention": prefix_attention(), "policy_loss": policy_loss()}
+def vocab_head() -> dict[str, Case]:
+    from rlcore.kernels import vocab_head as kernels
+    from rlcore.kernels import vocab_head_fused as fused
+
+    n, H, V = 512, 4096, 151936
+    one, bias, mask, target = torch.ones(()), empty(V), empty(n, dtype=torch.bool), torch.zeros(n, dtype=torch.int64)
+    stats = tuple(empty(n) for _ in range(4))
+
+    def statistics(logits: Tensor, entropy: bool, *head: Tensor | None) -> Any:
+        return kernels.statistics(logits, target, *head, entropy)
+
+    def gradient(logits: Tensor, entropy: bool, *head: Tensor | None, dtype: torch.dtype | None = None) -> Any:
+        out = kernels.narrower(logits, dtype or logits.dtype)
+        return kernels.gradient(logits, out, target, *head, stats, stats[0], stats[1] if entropy else None)
+
+    # entropy, bias, temperature, softcap, logit scale
+    heads = {"": (False, None, one, None, one), " bias softcap entropy": (True, bias, empty(n), one, one)}
+    cases: dict[str, Case] = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name, logits = str(dtype).removeprefix("torch."), empty(n, V, dtype=dtype)
+        h, w = empty(n, H, dtype=dtype), empty(V, H, dtype=dtype)
+        for label, head in heads.items():
+            cases[f"statistics {name}{label}"] = partial(statistics, logits, *head)
+            cases[f"gradient {name}{label}"] = partial(gradient, logits, *head)
+        if dtype != torch.float32:
+            cases[f"gradient float32 to {name} entropy"] = partial(
+                gradient, empty(n, V), True, None, one, None, one, dtype=dtype
+            )
+        run = partial(fused.statistics, h, w, target)
+        cases[f"fused {name}"] = partial(run, None, None, one, None, one, False)
+        cases[f"fused {name} masked bias entropy"] = partial(run, mask, bias, empty(n), None, one, True)
+        cases[f"fused {name} masked softcap entropy"] = partial(run, mask, None, empty(n), one, one, True)
+    # Rows of a vocabulary of odd size: no wide loads.
+    cases["statistics float32 odd"] = partial(statistics, empty(n, 50257), True, None, one, None, one)
+    cases["gradient float32 odd"] = partial(gradient, empty(n, 50257), True, None, one, None, one)
+    return cases
+
+
+FAMILIES = {
+    "segments": segments(),
+    "prefix_attention": prefix_attention(),
+    "policy_loss": policy_loss(),
+    "vocab_head": vocab_head(),
+}
 QUICK = {
     "segments": ["sum float32 masked", "vtrace long full"],
     "prefix_attention": ["bfloat16 head size 128"],
     "policy_loss": ["sequence ppo full"],
+    "vocab_head": ["statistics float32 bias softcap entropy", "gradient float32 to bfloat16 entropy",
+                   "fused bfloat16 masked bias entropy"],
 }

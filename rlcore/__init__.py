@@ -4,7 +4,7 @@ import rlcore.interrupt  # noqa: F401 -- it comes first: torch takes seconds
 from rlcore.adapters.transformers import AttachError, attach, trunk
 from rlcore.layout import TokenBatch, Totals, merge_metrics, per_token, shift
 from rlcore.methods import Method, methods
-from rlcore.ops.backend import backend, backends
+from rlcore.ops.backend import backend, backends, batch_invariant
 from rlcore.ops.policy_loss import KL, TIS, Objective, policy_loss, value_loss
 from rlcore.ops.prefix_attention import prefix_attention
 from rlcore.ops.segments import (
@@ -25,6 +25,7 @@ from rlcore.ops.segments import (
     whiten,
 )
 from rlcore.ops.vocab_head import LogProbs, linear_logprob, linear_policy_loss, logprob
+from rlcore.ops.vocab_head_parallel import vocab_parallel_logprob
 from rlcore.packing import pack_groups
 from rlcore.prefix_tree import PrefixTree
 
@@ -44,6 +45,7 @@ __all__ = [
     "attach",
     "backend",
     "backends",
+    "batch_invariant",
     "discounted_return",
     "gae",
     "group_advantage",
@@ -69,6 +71,7 @@ __all__ = [
     "shift",
     "trunk",
     "value_loss",
+    "vocab_parallel_logprob",
     "vtrace",
     "whiten",
 ]

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms import vocab_head_chunks as chunks
+from rlcore.algorithms import vocab_head_products as products
 from rlcore.algorithms.objective import Objective
 from rlcore.algorithms.policy_loss import PreparedBatch, check_two_chunks, chunk_loss, policy_loss, prepare_chunks
-from rlcore.algorithms.vocab_head_chunks import LOG_ZERO, TORCH, Coefficients, HeadGradients, RowPasses, Rows, Scale
+from rlcore.algorithms.vocab_head_chunks import LOG_ZERO, TORCH, Coefficients, RowPasses, Scale
 from rlcore.algorithms.vocab_head_inputs import (
     Number,
     as_in_linear,
@@ -36,6 +37,7 @@ from rlcore.algorithms.vocab_head_inputs import (
     scale_of,
     statistics_dtype,
 )
+from rlcore.algorithms.vocab_head_products import HeadGradients, Rows
 from rlcore.layout import TokenBatch, merge_metrics
 
 
@@ -154,9 +156,9 @@ def frozen_head(
     hidden [N, H], target [N]. The gradient row is sum_v (1[v = y] - p_v) dz_v/da_v w_v. Own.
     """
     check_head(hidden, weight, target, bias, mask, temperature, softcap, logit_scale)
-    scale = scale_of(hidden, temperature, softcap, logit_scale)
+    scale = scale_of(hidden, temperature, softcap, logit_scale)._replace(bias=bias)
     keep = None if mask is None else mask != 0
-    head = (hidden, weight, bias, target.long(), keep, scale)
+    head = (hidden, weight, target.long(), keep, scale)
     stats, slope = chunks.forward_chunks(*head, entropy=False, gradient=True)
     return LogProbs(stats.logp, None), slope
 
@@ -194,20 +196,22 @@ def folded(
     logit_scale: Number = 1.0,
     needs: tuple[bool, bool, bool] = (True, True, True),
     passes: RowPasses = TORCH,
+    chunk_bytes: int | None = None,
 ) -> Folded:
     """The policy loss and its gradients in one walk over chunks of tokens, 6NHV, no logits in memory.
 
     hidden [N, H] flat; `batch` [N] or [B, T] of as many rows; `needs` says which of d hidden, d weight and d bias are
     wanted (none: 2NHV). Chunks are cut anywhere for objectives of token scope, at sequence or group borders else; a
-    sequence (group) longer than a chunk is walked twice (8NHV for it), so the memory bound holds. Own.
+    sequence (group) longer than a chunk is walked twice (8NHV for it), so the memory bound holds: `chunk_bytes` of
+    logits, by default `chunks.CHUNK_BYTES`. Own.
     """
-    scale = scale_of(hidden, temperature, softcap, logit_scale)
+    scale = scale_of(hidden, temperature, softcap, logit_scale)._replace(bias=bias)
     dtype, N, V = scale.logit_scale.dtype, hidden.shape[0], weight.shape[0]
-    bound = chunks.chunk_rows(V, dtype, hidden.device)
+    bound = chunks.chunk_rows(V, dtype, hidden.device, chunk_bytes)
     if objective.scope == "batch" and not batch.prepared:
         whole = batch.flat()
-        head = (hidden, weight, bias, whole.target.long(), whole.mask, scale)
-        stats, _ = chunks.forward_chunks(*head, entropy=True, passes=passes)
+        head = (hidden, weight, whole.target.long(), whole.mask, scale)
+        stats, _ = chunks.forward_chunks(*head, entropy=True, passes=passes, chunk_bytes=chunk_bytes)
         batch = objective.prepare(stats.logp.reshape(batch.shape), stats.entropy.reshape(batch.shape), batch)
     prepared = prepare_chunks(batch, objective, dtype)
     mask = prepared.batch.mask
@@ -215,7 +219,7 @@ def folded(
     target, scale = chunks.neutral(mask, prepared.batch.target.long(), scale)
     chunks.check_target(target, V, rows)
     gradients = HeadGradients(hidden, weight, needs, dtype)
-    walk = Walk(hidden, weight, bias, target, mask, scale, prepared, objective, gradients,
+    walk = Walk(hidden, weight, target, mask, scale, prepared, objective, gradients,
                 chunks.logits_buffer(weight, min(bound, chunks.count(rows)), dtype), passes)  # fmt: skip
     losses, metrics = [], []
     for piece in pieces(rows, N, bound, prepared.borders(objective.scope)):
@@ -225,7 +229,7 @@ def folded(
         metrics.append(found)
     loss = torch.stack(losses).sum()
     if objective.debug:
-        stats, _ = chunks.forward_chunks(hidden, weight, bias, target, mask, scale, entropy=True)
+        stats, _ = chunks.forward_chunks(hidden, weight, target, mask, scale, entropy=True)
         check_two_chunks(loss, stats.logp, stats.entropy, prepared, objective)
     return Folded(loss, merge_metrics(metrics), gradients.hidden, gradients.weight, gradients.bias)
 
@@ -235,7 +239,6 @@ class Walk(NamedTuple):
 
     hidden: Tensor
     weight: Tensor
-    bias: Tensor | None
     target: Tensor
     mask: Tensor | None
     scale: Scale
@@ -249,15 +252,15 @@ class Walk(NamedTuple):
 def fold_piece(walk: Walk, piece: Piece) -> tuple[Tensor, dict[str, Tensor]]:
     """One chunk: GEMM -> statistics -> objective -> d logits in place -> two GEMMs."""
     rows = piece.rows
-    h = chunks.take_hidden(walk.hidden, rows, walk.mask, walk.buffer.dtype)
-    z = chunks.project(h, walk.weight, walk.bias, walk.buffer[: chunks.count(rows)])
+    h = chunks.take_hidden(walk.hidden, rows, walk.mask, products.product_dtype(walk.weight, walk.buffer.dtype))
+    z = products.project(h, walk.weight, walk.buffer[: chunks.count(rows)])
     target, scale = walk.target[rows], walk.scale.of(rows)
     stats = walk.passes.statistics(z, target, scale, True)
     logp, entropy = spread(stats.logp, piece), spread(stats.entropy, piece)
     loss, metrics, d = differentiate(logp, entropy, walk, piece)
     if any(walk.gradients.needs):
         d = d.of(within(piece))
-        d_logits, keep = walk.passes.gradient(z, target, stats, d, scale, raw=False, drop=True)
+        d_logits, keep = walk.passes.gradient(z, target, stats, d, scale, raw=False, drop=True, dtype=h.dtype)
         left = chunks.keep_within(rows, keep)
         walk.gradients.add(left, h[keep], walk.weight, d_logits)
     return loss, metrics
@@ -265,7 +268,7 @@ def fold_piece(walk: Walk, piece: Piece) -> tuple[Tensor, dict[str, Tensor]]:
 
 def fold_long_piece(walk: Walk, piece: Piece) -> tuple[Tensor, dict[str, Tensor]]:
     """A sequence or group longer than a chunk: statistics of all its chunks, the objective, then recompute."""
-    head = (walk.hidden, walk.weight, walk.bias, walk.target, walk.mask, walk.scale)
+    head = (walk.hidden, walk.weight, walk.target, walk.mask, walk.scale)
     stats, _ = chunks.forward_chunks(*head, entropy=True, rows=piece.rows, buffer=walk.buffer, passes=walk.passes)
     span = slice(piece.start, piece.stop)
     loss, metrics, d = differentiate(stats.logp[span].clone(), stats.entropy[span].clone(), walk, piece)

@@ -1,6 +1,6 @@
 """The vocabulary head in bounded chunks: GEMM -> row pass over the chunk's logits -> (in place) d logits -> two GEMMs.
 
-Raw logits are a = h W^T + b [n, V]; the logits are z = softcap * tanh(logit_scale * a / softcap) / temperature. With
+Raw logits are a = h W^T [n, V]; the logits are z = softcap * tanh(logit_scale * (a + b) / softcap) / temperature. With
 p = softmax(z), logp = z_y - lse(z) and entropy H = -sum_v p_v log p_v:
 
     d logp / d z_v = 1[v = y] - p_v            d H / d z_v = -p_v (log p_v + H)
@@ -16,37 +16,35 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The fp32 logits of a chunk. Few and large: every further chunk reads and writes d weight once more and makes the
-# GEMMs thinner (`make bench` prints the ratio to bare GEMMs), so the bound is what a caller can spare: of the 64 MiB
-# that a CPU step may cost above its inputs, outputs and gradients the BLAS and the rest take some 10 (measured by
-# `bench/memory.py`); on a GPU 2,048 rows of a vocabulary of 128K.
-CHUNK_BYTES = {"cpu": 51 * 2**20, "default": 2**30}
+from rlcore.algorithms import vocab_head_products as products
+from rlcore.algorithms.vocab_head_products import HeadGradients, Rows
+
+# The fp32 logits of a chunk, unless the caller gives a budget. Few and large: every further chunk reads and writes d
+# weight once more and makes the GEMMs thinner (`make bench` prints the ratio to bare GEMMs), so the bound is what a
+# caller can spare. CPU: of the 64 MiB that a step may cost above its inputs, outputs and gradients the BLAS and the
+# rest take some 10 (measured by `bench/memory.py`). GPU: of 2.5 GiB, what 4,096 rows of a vocabulary of 152K take.
+CHUNK_BYTES = {"cpu": 51 * 2**20, "default": 19 * 2**27}
 # Row passes run over blocks of a chunk that stay in the L2 cache of a core between their sweeps. A GPU takes the whole
 # chunk at once: there a launch costs more than a sweep.
-BLOCK_BYTES = {"cpu": 2**20, "default": 2**30}
-# The forward GEMM takes the vocabulary by slices of this size: with the whole weight as its right operand the CPU's
-# BLAS is 5 to 10 % slower at chunks of 340 to 384 rows, and takes half as long again at 88 rows of a vocabulary of 152K
-# (measured at hidden sizes 256 to 4,096; 4 MiB is within 5 % of the best size at each). By the same slices a
-# low-precision weight is upcast, so that no fp32 copy of it exists.
-WEIGHT_TILE_BYTES = 4 * 2**20
-# d weight of a low-precision weight is summed in fp32 by slices too, so that rounding it to the weight's dtype gives
-# them back one by one; above 32 MiB glibc's malloc returns what is freed to the system.
-GRADIENT_SLICE_BYTES = 40 * 2**20
-# The BLAS works through a left operand by blocks of rows: a chunk of 410 is 10 % slower per row than one of 384.
-ROW_BLOCK = 384
+BLOCK_BYTES = {"cpu": 2**20, "default": 2**32}
+# The CPU's BLAS works through a left operand by blocks of rows: a chunk of 410 is 10 % slower per row than one of
+# 384. On a GPU a product's tiles have 128 rows.
+ROW_BLOCK = {"cpu": 384, "default": 128}
 # exp(-1e4) is exactly 0 in float32 and float64. Log-probabilities below it (-inf from a bias that forbids a token) are
 # lifted to it, so that 0 * log 0 is 0 and not NaN.
 LOG_ZERO = -1e4
 
-Rows = slice | Tensor  # a range of rows, or the int64 indices of the rows that are left after dropping
-
 
 class Scale(NamedTuple):
-    """The numbers of z = softcap * tanh(logit_scale * a / softcap) / temperature, in the statistics' dtype."""
+    """What turns a product into logits: z = softcap * tanh(logit_scale * (a + bias) / softcap) / temperature.
+
+    The numbers are in the statistics' dtype, the bias is as it was given.
+    """
 
     temperature: Tensor  # 0-d, or one per row [n]
     softcap: Tensor | None  # 0-d
     logit_scale: Tensor  # 0-d
+    bias: Tensor | None = None  # [V]
 
     def of(self, rows: Rows) -> Scale:
         return self if self.temperature.dim() == 0 else self._replace(temperature=self.temperature[rows])
@@ -91,15 +89,21 @@ def compacts(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def chunk_rows(V: int, dtype: torch.dtype, device: torch.device) -> int:
-    """How many rows of logits a chunk may hold."""
-    rows = CHUNK_BYTES.get(device.type, CHUNK_BYTES["default"]) // (max(V, 1) * dtype.itemsize)
-    return max(1, rows - rows % ROW_BLOCK if rows > ROW_BLOCK else rows)
+def chunk_rows(V: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None = None) -> int:
+    """How many rows of logits a chunk of at most `chunk_bytes` may hold."""
+    bound = of_device(CHUNK_BYTES, device) if chunk_bytes is None else chunk_bytes
+    rows = bound // (max(V, 1) * dtype.itemsize)
+    block = of_device(ROW_BLOCK, device)
+    return max(1, rows - rows % block if rows > block else rows)
+
+
+def of_device(sizes: dict[str, int], device: torch.device) -> int:
+    return sizes.get(device.type, sizes["default"])
 
 
 def blocks(n: int, V: int, dtype: torch.dtype, device: torch.device) -> Iterator[slice]:
     """Cut n rows into blocks that stay in cache."""
-    step = max(1, BLOCK_BYTES.get(device.type, BLOCK_BYTES["default"]) // (max(V, 1) * dtype.itemsize))
+    step = max(1, of_device(BLOCK_BYTES, device) // (max(V, 1) * dtype.itemsize))
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))
 
@@ -107,7 +111,7 @@ def blocks(n: int, V: int, dtype: torch.dtype, device: torch.device) -> Iterator
 def even_chunks(rows: Rows, bound: int) -> Iterator[Rows]:
     """Cut rows into as few chunks as the bound allows, of even size."""
     n = count(rows)
-    parts = -(-n // bound)
+    parts = -(-n // max(bound, 1))  # a buffer for no rows has none
     for i in range(parts):
         start, stop = n * i // parts, n * (i + 1) // parts
         yield slice(rows.start + start, rows.start + stop) if isinstance(rows, slice) else rows[start:stop]
@@ -135,7 +139,7 @@ def neutral(mask: Tensor | None, target: Tensor, scale: Scale) -> tuple[Tensor, 
 
 
 def take_hidden(hidden: Tensor, rows: Rows, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The rows of `hidden` in the GEMM's dtype; masked rows that stay (GPU) become zero, whatever they hold."""
+    """The rows of `hidden` in the products' dtype; masked rows that stay (GPU) become zero, whatever they hold."""
     h = hidden[rows]
     if mask is not None and not compacts(mask.device):
         h = torch.where(mask[rows, None], h, 0)
@@ -153,91 +157,6 @@ def check_target(target: Tensor, V: int, rows: Rows) -> None:
         raise ValueError(f"target: expected labels in [0, {V}) on unmasked rows; got {bad}")
 
 
-# ------------------------------------------------------------------------------------------------ matrix products
-
-
-def vocabulary_slices(V: int, H: int, dtype: torch.dtype, bound: int) -> list[slice]:
-    """The vocabulary in slices whose weight rows in `dtype` fill at most `bound` bytes (at least one row each)."""
-    step = max(1, bound // (max(H, 1) * dtype.itemsize))
-    return [slice(start, min(start + step, V)) for start in range(0, V, step)]
-
-
-def gradient_slices(weight: Tensor, dtype: torch.dtype) -> list[slice]:
-    """The slices in which d weight is summed in `dtype`; one where it needs no rounding afterwards."""
-    V, H = weight.shape
-    return [slice(0, V)] if weight.dtype == dtype else vocabulary_slices(V, H, dtype, GRADIENT_SLICE_BYTES)
-
-
-def weight_tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the vocabulary with their weight rows in `dtype`, valid until the next one: upcasts share one tile."""
-    V, H = weight.shape
-    slices = vocabulary_slices(V, H, dtype, WEIGHT_TILE_BYTES)
-    tile = None if weight.dtype == dtype else weight.new_empty((slices[0].stop, H), dtype=dtype)
-    for columns in slices:
-        rows = weight[columns]
-        yield columns, rows if tile is None else tile[: rows.shape[0]].copy_(rows)
-
-
-def project(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """out = h W^T + b [n, V], 2nHV FLOPs, never rounded below the dtype of `out`."""
-    whole = weight.dtype == out.dtype and weight.device.type != "cpu"
-    for columns, w in [(slice(0, weight.shape[0]), weight)] if whole else weight_tiles(weight, out.dtype):
-        torch.mm(h, w.t(), out=out[:, columns])
-    if bias is not None:
-        out.add_(bias)
-    return out
-
-
-def project_back(d_logits: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """out = d hidden = d logits W [n, H], 2nHV FLOPs."""
-    if weight.dtype == out.dtype:
-        return torch.mm(d_logits, weight, out=out)
-    for columns, w in weight_tiles(weight, d_logits.dtype):
-        if columns.start == 0:
-            torch.mm(d_logits[:, columns], w, out=out)
-        else:
-            out.addmm_(d_logits[:, columns], w)
-    return out
-
-
-class HeadGradients:
-    """d hidden, d weight and d bias in the statistics' dtype, filled chunk by chunk; what is not needed stays empty.
-
-    d weight is a list: the whole [V, H], or of a low-precision weight its slices of the vocabulary, one after another.
-    """
-
-    def __init__(self, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], dtype: torch.dtype) -> None:
-        self.needs = needs
-        V, H = weight.shape
-        self.hidden = hidden.new_zeros((hidden.shape[0] if needs[0] else 0, H), dtype=dtype)
-        self._slices = gradient_slices(weight, dtype) if needs[1] else []
-        # The first chunk writes d weight, the others add to it: zeroing it first is one more sweep over V x H.
-        self._weight = [weight.new_empty((s.stop - s.start, H), dtype=dtype) for s in self._slices]
-        self._written = False
-        self.bias = weight.new_zeros(V if needs[2] else 0, dtype=dtype)
-
-    @property
-    def weight(self) -> list[Tensor]:
-        return self._weight if self._written else [x.zero_() for x in self._weight]
-
-    def add(self, rows: Rows, h: Tensor, weight: Tensor, d_logits: Tensor) -> None:
-        """Two GEMMs: d_hidden[rows] = d logits W, d_weight += d logits^T h (4nHV FLOPs)."""
-        if d_logits.shape[0] == 0:
-            return
-        if self.needs[0] and isinstance(rows, slice):
-            project_back(d_logits, weight, self.hidden[rows])
-        elif self.needs[0]:
-            self.hidden[rows] = project_back(d_logits, weight, torch.empty_like(h))
-        for columns, sum_ in zip(self._slices, self._weight, strict=True):
-            if self._written:
-                sum_.addmm_(d_logits[:, columns].t(), h)
-            else:
-                torch.mm(d_logits[:, columns].t(), h, out=sum_)
-        self._written = True
-        if self.needs[2]:
-            self.bias.add_(d_logits.sum(0))
-
-
 # ------------------------------------------------------------------------------------------------ row passes
 
 
@@ -250,6 +169,8 @@ def bend_(a: Tensor, scale: Scale) -> Tensor:
 
     The slope 1 - tanh^2 needs the tanh itself: made again from z it has lost its last digits where the cap saturates.
     """
+    if scale.bias is not None:
+        a.add_(scale.bias)
     if not is_one(scale.logit_scale):
         a.mul_(scale.logit_scale)
     if scale.softcap is not None:
@@ -293,14 +214,41 @@ def statistics_(a: Tensor, target: Tensor, scale: Scale, entropy: bool) -> RowSt
     return out
 
 
+def merge_shards(shards: RowStatistics, target: Tensor, first: Tensor, last: Tensor) -> RowStatistics:
+    """Statistics over the whole vocabulary from those of its shards, each field [shards, n], merged in their order.
+
+    Shard s holds the entries [first[s], last[s]); target [n] counts through all of them. With M the highest maximum
+    and S = sum_s exp(m_s - M + log_sum_s):
+
+        logp = (z_y - m_s) + (m_s - M) - log S        H = log S - sum_s exp(m_s - M + log_sum_s) / S * mean_s(z - M)
+    """
+    # A shard of forbidden entries alone (padding) has no statistics: its part of S is exp(LOG_ZERO), which is 0.
+    empty = shards.maximum <= torch.finfo(shards.maximum.dtype).min
+    shards = shards._replace(
+        log_sum=shards.log_sum.masked_fill(empty, 0),
+        logp=shards.logp.masked_fill(empty, -torch.inf),
+        entropy=shards.entropy.masked_fill(empty, 0),
+    )
+    maximum = shards.maximum.amax(0)
+    down = (shards.maximum - maximum).clamp_(min=LOG_ZERO)
+    part = (down + shards.log_sum).exp()
+    total = part.sum(0)
+    log_sum = total.log()
+    here = (target >= first[:, None]) & (target < last[:, None])
+    at_label = torch.where(here, shards.logp + shards.log_sum + (shards.maximum - maximum), 0).sum(0)
+    logp = torch.where(here.any(0), at_label - log_sum, torch.nan)
+    mean = (shards.log_sum - shards.entropy + down).mul_(part).sum(0)
+    return RowStatistics(maximum, log_sum, logp, log_sum - mean / total)
+
+
 def block_gradient_(bent: Tensor, target: Tensor, stats: RowStatistics, d: Coefficients, scale: Scale) -> Tensor:
     """What `bend_` left of a block -> d loss / d raw logits, in place.
 
     d loss / d z_v = d_logp (1[v = y] - p_v) - d_entropy p_v (log p_v + H); times dz/da = logit_scale (1 - tanh^2) / T.
     """
     z = logits_of(bent, scale)
-    label, valid = valid_labels(target, z.shape[1])
-    d_logp = torch.where(valid, d.logp, torch.nan)
+    label, here = valid_labels(target, z.shape[1])
+    d_logp = torch.where(stats.logp.isnan(), torch.nan, d.logp)
     z.sub_(stats.maximum[:, None]).sub_(stats.log_sum[:, None]).clamp_(min=LOG_ZERO)
     p = z.exp()
     if d.entropy is None:
@@ -308,7 +256,8 @@ def block_gradient_(bent: Tensor, target: Tensor, stats: RowStatistics, d: Coeff
     else:
         z.add_(stats.entropy[:, None]).mul_(d.entropy[:, None]).add_(d_logp[:, None]).mul_(p).neg_()
     # Not scatter_add_: each row has one label, so nothing collides, and this form is deterministic on every device.
-    z[torch.arange(z.shape[0], device=z.device), label] += d_logp
+    # A label that is not here may be another shard's.
+    z[torch.arange(z.shape[0], device=z.device), label] += torch.where(here, d_logp, 0)
     if not is_one(scale.logit_scale):
         z.mul_(scale.logit_scale)
     if not is_one(scale.temperature):
@@ -317,12 +266,20 @@ def block_gradient_(bent: Tensor, target: Tensor, stats: RowStatistics, d: Coeff
 
 
 def gradient_(
-    z: Tensor, target: Tensor, stats: RowStatistics, d: Coefficients, scale: Scale, *, raw: bool, drop: bool = False
+    z: Tensor,
+    target: Tensor,
+    stats: RowStatistics,
+    d: Coefficients,
+    scale: Scale,
+    *,
+    raw: bool,
+    drop: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Rows]:
     """Row pass 2 over a chunk, in place: raw logits (`raw`, recompute) or bent ones -> d loss / d raw logits.
 
     With `drop`, rows whose coefficients are zero leave: the others move to the front of the same buffer. Returns the
-    gradient of the rows that are left and which ones they are.
+    gradient of the rows that are left, rounded to `dtype` if one is given, and which ones they are.
     """
     n = z.shape[0]
     keep = kept_rows(d.nonzero(), n) if drop else slice(0, n)
@@ -336,7 +293,7 @@ def gradient_(
         if not isinstance(rows, slice):
             z[block] = part  # never ahead of a row that is still to be read: block <= rows
         done = block.stop
-    return z[:done], keep
+    return z[:done] if dtype is None else z[:done].to(dtype), keep
 
 
 class RowPasses(NamedTuple):
@@ -358,14 +315,18 @@ def empty_statistics(N: int, dtype: torch.dtype, device: torch.device) -> RowSta
 
 
 def logits_buffer(weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    """One buffer for all chunks of a call: fresh pages cost as much as a sweep over the logits."""
-    return weight.new_empty((rows, weight.shape[0]), dtype=dtype)
+    """One buffer for all chunks of a call: fresh pages cost as much as a sweep over the logits.
+
+    On a GPU every row begins at a multiple of 256 bytes, for wide loads and aligned operands whatever the vocabulary.
+    """
+    V = weight.shape[0]
+    width = V if weight.device.type == "cpu" else -(-V // 64) * 64
+    return weight.new_empty((rows, width), dtype=dtype)[:, :V]
 
 
 def forward_chunks(
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     target: Tensor,
     mask: Tensor | None,
     scale: Scale,
@@ -375,26 +336,34 @@ def forward_chunks(
     rows: Rows | None = None,
     buffer: Tensor | None = None,
     passes: RowPasses = TORCH,
+    chunk_bytes: int | None = None,
+    sharded: bool = False,
 ) -> tuple[RowStatistics, Tensor]:
-    """Statistics of every row [N], zero where masked: 2NHV. With `gradient` also d logp / d hidden [N, H]: 4NHV."""
+    """Statistics of every row [N], zero where masked: 2NHV. With `gradient` also d logp / d hidden [N, H]: 4NHV.
+
+    Where the weight is a shard of the vocabulary (`sharded`), a label outside it has the log-prob NaN and is no error.
+    """
     N, V, dtype = hidden.shape[0], weight.shape[0], scale.logit_scale.dtype
     rows = kept_rows(mask, N) if rows is None else rows
     target, scale = neutral(mask, target, scale)
-    check_target(target, V, rows)
+    if not sharded:
+        check_target(target, V, rows)
     stats = empty_statistics(N, dtype, hidden.device)
     slope = HeadGradients(hidden, weight, (gradient, False, False), dtype)
-    bound = chunk_rows(V, dtype, hidden.device)
     if buffer is None:
+        bound = chunk_rows(V, dtype, hidden.device, chunk_bytes)
         buffer = logits_buffer(weight, min(bound, count(rows)), dtype)
-    for part in even_chunks(rows, bound):
-        h = take_hidden(hidden, part, mask, dtype)
-        z = project(h, weight, bias, buffer[: count(part)])
+    for part in even_chunks(rows, buffer.shape[0]):
+        h = take_hidden(hidden, part, mask, products.product_dtype(weight, dtype))
+        z = products.project(h, weight, buffer[: count(part)])
         found = passes.statistics(z, target[part], scale.of(part), entropy)
         for x, y in zip(stats, found, strict=True):
             x[part] = y
         if gradient:
             ones = Coefficients(torch.ones_like(found.logp), None)
-            d_logits, _ = passes.gradient(z, target[part], found, ones, scale.of(part), raw=False)
+            d_logits, _ = passes.gradient(
+                z, target[part], found, ones, scale.of(part), raw=False, dtype=h.dtype
+            )
             slope.add(part, h, weight, d_logits)
     if mask is not None and not compacts(mask.device):
         stats = RowStatistics(*(torch.where(mask, x, 0) for x in stats))
@@ -406,7 +375,6 @@ def forward_chunks(
 def backward_chunks(
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     target: Tensor,
     mask: Tensor | None,
     scale: Scale,
@@ -417,6 +385,7 @@ def backward_chunks(
     rows: Rows | None = None,
     buffer: Tensor | None = None,
     passes: RowPasses = TORCH,
+    chunk_bytes: int | None = None,
 ) -> None:
     """Recompute form: logits again, then d logits in place, then two GEMMs (6NHV), over rows with a coefficient."""
     N, V, dtype = hidden.shape[0], weight.shape[0], scale.logit_scale.dtype
@@ -428,13 +397,15 @@ def backward_chunks(
         keep = kept_rows(d.of(rows).nonzero(), count(rows))
         rows = keep_within(rows, keep)
     target, scale = neutral(mask, target, scale)
-    bound = chunk_rows(V, dtype, hidden.device)
     if buffer is None:
+        bound = chunk_rows(V, dtype, hidden.device, chunk_bytes)
         buffer = logits_buffer(weight, min(bound, count(rows)), dtype)
-    for part in even_chunks(rows, bound):
-        h = take_hidden(hidden, part, mask, dtype)
-        z = project(h, weight, bias, buffer[: count(part)])
-        d_logits, _ = passes.gradient(z, target[part], stats.of(part), d.of(part), scale.of(part), raw=True)
+    for part in even_chunks(rows, buffer.shape[0]):
+        h = take_hidden(hidden, part, mask, products.product_dtype(weight, dtype))
+        z = products.project(h, weight, buffer[: count(part)])
+        d_logits, _ = passes.gradient(
+            z, target[part], stats.of(part), d.of(part), scale.of(part), raw=True, dtype=h.dtype
+        )
         gradients.add(part, h, weight, d_logits)
 
 

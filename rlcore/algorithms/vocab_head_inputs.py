@@ -115,6 +115,15 @@ def check_scores(logits: Tensor, target: Tensor, mask: Tensor | None, temperatur
     check_temperature(temperature, target, mask)
 
 
+def check_chunk_bytes(chunk_bytes: int | None) -> None:
+    if chunk_bytes is None:
+        return
+    if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
+        raise TypeError(f"chunk_bytes: expected a whole number of bytes or None; got {type(chunk_bytes).__name__}")
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes: expected at least 1; got {chunk_bytes}")
+
+
 def check_overwritable(logits: Tensor) -> None:
     """Whether a backward pass may write the gradient over these logits: its own memory, each element once."""
     check_floating("logits", logits)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms import vocab_head_chunks as chunks
-from rlcore.algorithms.vocab_head_chunks import TORCH, Coefficients, RowPasses, Rows, RowStatistics, Scale
+from rlcore.algorithms.vocab_head_chunks import TORCH, Coefficients, RowPasses, RowStatistics, Scale
+from rlcore.algorithms.vocab_head_products import Rows
 
 
 def is_even(logits: Tensor) -> bool:

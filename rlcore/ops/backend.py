@@ -23,6 +23,7 @@ BACKENDS = ("reference", "native", "triton", "cuda")
 # A plain module global rather than a context variable: torch.compile guards on its value, and every op reads it in
 # its forward pass only (the backward pass runs on another thread on CUDA).
 _requested: str | None = None
+_batch_invariant = False
 
 
 @contextmanager
@@ -47,6 +48,30 @@ def backend(name: str) -> Iterator[None]:
 def requested() -> str | None:
     """The backend named by the innermost `with rl.backend(...)`, or None for automatic choice."""
     return _requested
+
+
+@contextmanager
+def batch_invariant() -> Iterator[None]:
+    """Inside the block a row's log-prob and entropy are the same bits in any batch, at any place in it (process-wide).
+
+    `linear_logprob` and `linear_policy_loss` then run the fused Triton kernel, whose tiles do not depend on the batch,
+    and raise RuntimeError on a device without Triton. Gradients are as ever, and `logprob` needs no such help.
+    """
+    global _batch_invariant
+    previous, _batch_invariant = _batch_invariant, True
+    try:
+        yield
+    finally:
+        _batch_invariant = previous
+
+
+def is_batch_invariant(x: Tensor) -> bool:
+    """Whether an op on x must be batch-invariant; RuntimeError where it can not be."""
+    if _batch_invariant and not (runs_triton(x, _requested) and x.dtype != torch.float64):
+        why = "float64 has no such kernel" if x.dtype == torch.float64 else f"triton: {_triton_state()}"
+        asked = f", backend {_requested!r} is asked for" if _requested else ""
+        raise RuntimeError(f"batch_invariant: needs the Triton backend; {x.device}{asked}, {why}")
+    return _batch_invariant
 
 
 def backends() -> dict[str, str]:

@@ -23,6 +23,7 @@ from rlcore.algorithms.vocab_head_inputs import (
     Number,
     as_number,
     autocast_dtype,
+    check_chunk_bytes,
     check_head,
     check_overwritable,
     check_scores,
@@ -31,7 +32,7 @@ from rlcore.algorithms.vocab_head_inputs import (
 )
 from rlcore.layout import TokenBatch
 from rlcore.ops import backend
-from rlcore.ops.policy_loss import distinct, wants_gradient
+from rlcore.ops.policy_loss import distinct, policy_loss, wants_gradient
 from rlcore.ops.vocab_head_autograd import FrozenLogprob, LinearLogprob, LinearPolicyLoss, Logprob
 
 __all__ = ["LogProbs", "linear_logprob", "linear_policy_loss", "logprob"]
@@ -47,29 +48,34 @@ def linear_logprob(
     logit_scale: Number = 1.0,
     entropy: bool = False,
     mask: Tensor | None = None,
+    chunk_bytes: int | None = None,
 ) -> LogProbs:
     """Log-prob of `target` under the head, and the entropy if asked for: LogProbs(logp, entropy), differentiable.
 
     logp_i = z_i[y_i] - lse(z_i), H_i = -sum_v p_iv log p_iv, in the shape of `target` ([N] or [B, T]), 0 where masked.
     weight [V, H], bias [V], `temperature` a number or one per row, `mask` bool or 0/1. Gradients flow to hidden, weight
     and bias. 2NHV FLOPs forward; backward 6NHV by recompute, or none where the head is frozen and no entropy is asked
-    for: then the forward pass is 4NHV. Raises TypeError and ValueError that name the argument; a double backward
-    raises RuntimeError (use the reference backend). Own.
+    for: then the forward pass is 4NHV. `chunk_bytes` bounds the float32 logits that exist at once (by default 51
+    MiB on a CPU, 2.4 GiB on a GPU; one row at least). Raises TypeError and ValueError that name the argument; a double
+    backward raises RuntimeError (use the reference backend). Own.
     """
+    invariant = backend.is_batch_invariant(hidden)
     if backend.requested() == "reference":
         return algorithm.linear_logprob(
             hidden, weight, target, bias, temperature, softcap, logit_scale, entropy, mask
         )  # fmt: skip
     check_head(hidden, weight, target, bias, mask, temperature, softcap, logit_scale)
+    check_chunk_bytes(chunk_bytes)
     scale = scale_of(hidden, temperature, softcap, logit_scale)
     keep = None if mask is None else (mask != 0).reshape(-1)
     flat = hidden.reshape(-1, hidden.shape[-1])
     dtype = autocast_dtype(hidden)
     frozen = not any(wants_gradient(x) for x in (weight, bias))
-    if frozen and not entropy and wants_gradient(hidden):
-        logp = FrozenLogprob.apply(flat, weight, bias, target.reshape(-1), keep, *scale, dtype)
+    if frozen and not entropy and not invariant and wants_gradient(hidden):
+        logp = FrozenLogprob.apply(flat, weight, bias, target.reshape(-1), keep, *scale[:3], dtype, chunk_bytes)
         return LogProbs(logp.reshape(target.shape), None)
-    logp, H = LinearLogprob.apply(flat, weight, bias, target.reshape(-1), keep, *scale, entropy, dtype)
+    logp, H = LinearLogprob.apply(flat, weight, bias, target.reshape(-1), keep, *scale[:3], entropy, dtype, chunk_bytes,
+                                  invariant)  # fmt: skip
     return LogProbs(logp.reshape(target.shape), H.reshape(target.shape) if entropy else None)
 
 
@@ -114,10 +120,12 @@ def linear_policy_loss(
     temperature: Number = 1.0,
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`policy_loss` of the head's log-probs and entropies, folded into the head's walk over chunks of tokens: 6NHV.
 
-    hidden is [N, H] or [B, T, H] like batch.target; bias, temperature, softcap, logit_scale as in `linear_logprob`.
+    hidden is [N, H] or [B, T, H] like batch.target; bias, temperature, softcap, logit_scale and chunk_bytes as in
+    `linear_logprob`.
     Returns the 0-d loss (float32, or float64 for float64 inputs), differentiable in hidden, weight and bias, and the
     metrics of `policy_loss`, entropy included. The gradients are made in the forward pass, where anything requires
     them, and scaled by the incoming gradient: backward runs once; a second run or a double backward raises
@@ -126,23 +134,28 @@ def linear_policy_loss(
     if hidden.shape[:-1] != batch.shape:
         expected = f"{(*batch.shape, 'H')}, that of batch.target and the hidden size"
         raise ValueError(f"hidden: expected shape {expected}; got {tuple(hidden.shape)}")
+    if backend.is_batch_invariant(hidden):
+        numbers = (temperature, softcap, logit_scale)
+        out = linear_logprob(hidden, weight, batch.target, bias, *numbers, True, batch.mask, chunk_bytes)
+        return policy_loss(out.logp, batch, objective, out.entropy)
     if backend.requested() == "reference":
         return algorithm.linear_policy_loss(
             hidden, weight, batch, objective, bias, temperature, softcap, logit_scale
         )  # fmt: skip
     check_head(hidden, weight, batch.target, bias, batch.mask, temperature, softcap, logit_scale)
+    check_chunk_bytes(chunk_bytes)
     if objective.scope == "batch" and not batch.prepared:
         with torch.no_grad():
             head = (hidden, weight, batch.target, bias, temperature, softcap, logit_scale)
-            out = linear_logprob(*head, entropy=True, mask=batch.mask)
+            out = linear_logprob(*head, entropy=True, mask=batch.mask, chunk_bytes=chunk_bytes)
         batch = objective.prepare(out.logp, out.entropy, batch)
     check_fields(batch, objective)
     scale = scale_of(hidden, temperature, softcap, logit_scale)
     needs = (wants_gradient(hidden), wants_gradient(weight), wants_gradient(bias))
     tensors, places = distinct([*objective.numbers, *batch.tensors()])
     loss, values = LinearPolicyLoss.apply(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, *scale, autocast_dtype(hidden), needs, objective.key,
-        batch.prepared, len(objective.numbers), places, *tensors,
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, *scale[:3], autocast_dtype(hidden), chunk_bytes,
+        needs, objective.key, batch.prepared, len(objective.numbers), places, *tensors,
     )  # fmt: skip
     names = metric_names(batch, objective, entropy=True)
     return loss, dict(zip(names, values.unbind(), strict=True))

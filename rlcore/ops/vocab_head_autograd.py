@@ -63,11 +63,13 @@ class LinearLogprob(Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, mask: Tensor | None,
         temperature: Tensor, softcap: Tensor | None, logit_scale: Tensor, entropy: bool, dtype: torch.dtype | None,
+        chunk_bytes: int | None, batch_invariant: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx.chunk_bytes = chunk_bytes
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         head = (cast(hidden, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype), target, mask,
                 temperature, softcap, logit_scale)  # fmt: skip
-        maximum, log_sum, logp, H = raw.linear_logprob_forward(*head, entropy)
+        maximum, log_sum, logp, H = raw.linear_logprob_forward(*head, entropy, chunk_bytes, batch_invariant)
         ctx.save_for_backward(*head, maximum, log_sum, logp, H)
         ctx.set_materialize_grads(False)
         if not entropy:
@@ -77,7 +79,7 @@ class LinearLogprob(Function):
     @staticmethod
     def backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        nothing = (None,) * 7
+        nothing = (None,) * 9
         if d_logp is None and d_entropy is None:
             return (None, None, None, *nothing)
         *head, maximum, log_sum, logp, H = ctx.saved_tensors
@@ -85,7 +87,7 @@ class LinearLogprob(Function):
             d_logp = torch.zeros_like(logp)
         needs = list(ctx.needs_input_grad[:3])
         d_hidden, d_weight, d_bias = raw.linear_logprob_backward(
-            *head, [maximum, log_sum, logp, H], d_logp, d_entropy, needs
+            *head, [maximum, log_sum, logp, H], d_logp, d_entropy, needs, ctx.chunk_bytes
         )
         return (*as_given(d_hidden, d_weight, d_bias, needs, ctx.dtypes), *nothing)
 
@@ -97,9 +99,12 @@ class FrozenLogprob(Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, mask: Tensor | None,
         temperature: Tensor, softcap: Tensor | None, logit_scale: Tensor, dtype: torch.dtype | None,
+        chunk_bytes: int | None,
     ) -> Tensor:  # fmt: skip
         head = (cast(hidden, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype))
-        logp, slope = raw.linear_logprob_frozen(*head, target, mask, temperature, softcap, logit_scale)
+        logp, slope = raw.linear_logprob_frozen(
+            *head, target, mask, temperature, softcap, logit_scale, chunk_bytes
+        )
         ctx.save_for_backward(slope, mask)
         ctx.dtype = hidden.dtype
         return logp
@@ -110,7 +115,7 @@ class FrozenLogprob(Function):
         slope, mask = ctx.saved_tensors
         if mask is not None:
             d_logp = torch.where(mask, d_logp, 0)
-        return ((slope * d_logp[:, None]).to(ctx.dtype), *(None,) * 8)
+        return ((slope * d_logp[:, None]).to(ctx.dtype), *(None,) * 9)
 
 
 class LinearPolicyLoss(Function):
@@ -119,14 +124,14 @@ class LinearPolicyLoss(Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor, softcap: Tensor | None,
-        logit_scale: Tensor, dtype: torch.dtype | None, needs: tuple[bool, bool, bool], objective: str, prepared: bool,
-        n_numbers: int, places: tuple[int, ...], *tensors: Tensor | None,
+        logit_scale: Tensor, dtype: torch.dtype | None, chunk_bytes: int | None, needs: tuple[bool, bool, bool],
+        objective: str, prepared: bool, n_numbers: int, places: tuple[int, ...], *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         head = (cast(hidden, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype))
         fields = [tensors[i] for i in places]
         numbers, batch = fields[:n_numbers], fields[n_numbers:]
         loss, metrics, d_hidden, d_weight, d_bias = raw.linear_policy_loss(
-            *head, temperature, softcap, logit_scale, objective, numbers, batch, prepared, list(needs)
+            *head, temperature, softcap, logit_scale, objective, numbers, batch, prepared, list(needs), chunk_bytes
         )
         stored = [d_hidden, d_bias, *d_weight]
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms import vocab_head_chunks as chunks
-from rlcore.algorithms.vocab_head_chunks import Coefficients, RowPasses, Rows, RowStatistics, Scale
+from rlcore.algorithms.vocab_head_chunks import Coefficients, RowPasses, RowStatistics, Scale
+from rlcore.algorithms.vocab_head_products import Rows
 from rlcore.ops import backend
 
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -35,8 +36,7 @@ def chunk_of(logits: Tensor) -> tuple[int, str, int, int, int]:
 
 def ready(scale: Scale) -> tuple[tuple[Tensor | None, Tensor], tuple[int, Number, Number, Number | None]]:
     """(tensors to keep alive, addresses and numbers) of a scale."""
-    bias: Tensor | None = getattr(scale, "bias", None)
-    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    bias = None if scale.bias is None else scale.bias.to(torch.float32).contiguous()
     temperature = scale.temperature.contiguous()
     cap = None if scale.softcap is None else number(scale.softcap)
     return (bias, temperature), (
@@ -60,13 +60,21 @@ def statistics_(a: Tensor, target: Tensor, scale: Scale, entropy: bool) -> RowSt
 
 
 def gradient_(
-    z: Tensor, target: Tensor, stats: RowStatistics, d: Coefficients, scale: Scale, *, raw: bool, drop: bool = False
+    z: Tensor,
+    target: Tensor,
+    stats: RowStatistics,
+    d: Coefficients,
+    scale: Scale,
+    *,
+    raw: bool,
+    drop: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Rows]:
     """`chunks.gradient_` in CUDA C++. No row leaves: those without a coefficient are zeroed, and not read."""
     if not takes(z):
-        return chunks.gradient_(z, target, stats, d, scale, raw=raw, drop=drop)
+        return chunks.gradient_(z, target, stats, d, scale, raw=raw, drop=drop, dtype=dtype)
     write_gradient(z, target, stats, d, scale, z)
-    return z, slice(0, z.shape[0])
+    return z if dtype is None else z.to(dtype), slice(0, z.shape[0])
 
 
 def write_gradient(

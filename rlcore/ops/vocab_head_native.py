@@ -1,4 +1,4 @@
-"""The vocabulary head's row passes in C++, for float32 logits on the CPU; torch's everywhere else."""
+"""The vocabulary head's row passes in C++, for float32 logits on the CPU; torch's for all others."""
 
 from __future__ import annotations
 
@@ -6,17 +6,10 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms import vocab_head_chunks as chunks
-from rlcore.algorithms.vocab_head_chunks import TORCH, Coefficients, RowPasses, Rows, RowStatistics, Scale
+from rlcore.algorithms.vocab_head_chunks import Coefficients, RowPasses, RowStatistics, Scale
+from rlcore.algorithms.vocab_head_products import Rows
 from rlcore.ops import backend
 from rlcore.ops.policy_loss_raw import evaluate_chunk
-from rlcore.ops.vocab_head_cuda import CUDA
-
-
-def row_passes() -> RowPasses:
-    """The row passes of the backend in force: C++ where it is built and not ruled out."""
-    if backend.requested() == "cuda":
-        return CUDA
-    return NATIVE if backend.requested() in (None, "native") and backend.native() is not None else OTHER
 
 
 def is_native(logits: Tensor) -> bool:
@@ -46,6 +39,8 @@ def statistics_(a: Tensor, target: Tensor, scale: Scale, entropy: bool) -> RowSt
     """`chunks.statistics_` in C++."""
     if not is_native(a):
         return chunks.statistics_(a, target, scale, entropy)
+    if scale.bias is not None:
+        a.add_(scale.bias)
     module = backend.native()
     assert module is not None
     n = a.shape[0]
@@ -60,11 +55,21 @@ def statistics_(a: Tensor, target: Tensor, scale: Scale, entropy: bool) -> RowSt
 
 
 def gradient_(
-    z: Tensor, target: Tensor, stats: RowStatistics, d: Coefficients, scale: Scale, *, raw: bool, drop: bool = False
+    z: Tensor,
+    target: Tensor,
+    stats: RowStatistics,
+    d: Coefficients,
+    scale: Scale,
+    *,
+    raw: bool,
+    drop: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Rows]:
     """`chunks.gradient_` in C++."""
     if not is_native(z):
-        return chunks.gradient_(z, target, stats, d, scale, raw=raw, drop=drop)
+        return chunks.gradient_(z, target, stats, d, scale, raw=raw, drop=drop, dtype=dtype)
+    if raw and scale.bias is not None:
+        z.add_(scale.bias)
     module = backend.native()
     assert module is not None
     keep = chunks.kept_rows(d.nonzero(), z.shape[0]) if drop else slice(0, z.shape[0])
@@ -78,8 +83,7 @@ def gradient_(
         d.logp.data_ptr(), 0 if d.entropy is None else d.entropy.data_ptr(),
         0 if isinstance(keep, slice) else keep.data_ptr(), count, raw, torch.get_num_threads(),
     )  # fmt: skip
-    return z[:count], keep
+    return z[:count] if dtype is None else z[:count].to(dtype), keep
 
 
 NATIVE = RowPasses(statistics_, gradient_, evaluate_chunk)
-OTHER = TORCH._replace(objective=evaluate_chunk)

@@ -1,7 +1,8 @@
 """The raw passes of the vocabulary head as torch custom ops: forward and backward, without an autograd formula.
 
 Rows are flat: hidden [N, H], target and mask [N], temperature 0-d or [N]. Numbers are tensors, so that no value is a
-constant of a compiled graph. Gradients come back in the statistics' dtype (float32 or float64), empty where not needed.
+constant of a compiled graph. Gradients come back in the statistics' dtype (float32 or float64; d hidden of a bfloat16
+head on a GPU in bfloat16), empty where not needed. `chunk_bytes` bounds the logits held at once.
 An autograd formula on an op that returns d weight copies it; differentiation is in `vocab_head_autograd`.
 """
 
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from rlcore.algorithms import vocab_head as algorithm
 from rlcore.algorithms import vocab_head_chunks as chunks
-from rlcore.algorithms import vocab_head_scores as scores
+from rlcore.algorithms import vocab_head_products as products
 from rlcore.algorithms.objective import lookup
 from rlcore.algorithms.policy_loss import metric_names
 from rlcore.algorithms.vocab_head_chunks import Coefficients, RowStatistics, Scale
 from rlcore.layout import TokenBatch
-from rlcore.ops.vocab_head_native import row_passes
+from rlcore.ops.vocab_head_passes import row_passes, score_passes
+from rlcore.ops.vocab_head_triton import fused_statistics
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, list[Tensor], Tensor]
@@ -43,12 +45,18 @@ def linear_logprob_forward(
     softcap: Tensor | None,
     logit_scale: Tensor,
     entropy: bool,
+    chunk_bytes: int | None = None,
+    batch_invariant: bool = False,
 ) -> Four:
-    """2NHV: (maximum, log_sum, logp, entropy), each [N]."""
+    """2NHV: (maximum, log_sum, logp, entropy), each [N]; no logits in memory where they must be batch-invariant."""
     with no_autocast(hidden):
-        scale = Scale(temperature, softcap, logit_scale)
-        stats, _ = chunks.forward_chunks(hidden, weight, bias, target.long(), mask, scale, entropy=entropy,
-                                         passes=row_passes())  # fmt: skip
+        scale = Scale(temperature, softcap, logit_scale, bias)
+        if batch_invariant:
+            return fused_statistics(hidden, weight, target.long(), mask, scale, entropy=entropy)
+        stats, _ = chunks.forward_chunks(
+            hidden, weight, target.long(), mask, scale, entropy=entropy, passes=row_passes(hidden),
+            chunk_bytes=chunk_bytes,
+        )  # fmt: skip
     return stats.maximum, stats.log_sum, stats.logp, stats.entropy
 
 
@@ -63,6 +71,8 @@ def _(
     softcap: Tensor | None,
     logit_scale: Tensor,
     entropy: bool,
+    chunk_bytes: int | None = None,
+    batch_invariant: bool = False,
 ) -> Four:
     return four_empty(logit_scale, hidden.shape[0])
 
@@ -81,23 +91,28 @@ def linear_logprob_backward(
     d_logp: Tensor,
     d_entropy: Tensor | None,
     needs: Sequence[bool],
+    chunk_bytes: int | None = None,
 ) -> Gradients:
     """6NHV over the rows that have a coefficient: (d_hidden [N, H], the slices of d_weight [V, H], d_bias [V])."""
     with no_autocast(hidden):
-        scale = Scale(temperature, softcap, logit_scale)
-        gradients = chunks.HeadGradients(hidden, weight, (needs[0], needs[1], needs[2]), logit_scale.dtype)
+        scale = Scale(temperature, softcap, logit_scale, bias)
+        gradients = products.HeadGradients(hidden, weight, (needs[0], needs[1], needs[2]), logit_scale.dtype)
         chunks.backward_chunks(
-            hidden, weight, bias, target.long(), mask, scale, RowStatistics(*statistics),
-            Coefficients(d_logp, d_entropy), gradients, passes=row_passes(),
+            hidden, weight, target.long(), mask, scale, RowStatistics(*statistics),
+            Coefficients(d_logp, d_entropy), gradients, passes=row_passes(hidden), chunk_bytes=chunk_bytes,
         )  # fmt: skip
     return gradients.hidden, gradients.weight, gradients.bias
 
 
+def empty_hidden_gradient(hidden: Tensor, weight: Tensor, like: Tensor) -> Tensor:
+    return like.new_empty(hidden.shape, dtype=products.hidden_gradient_dtype(weight, like.dtype))
+
+
 def empty_gradients(hidden: Tensor, weight: Tensor, like: Tensor, needs: Sequence[bool]) -> Gradients:
-    N, V, H = hidden.shape[0], weight.shape[0], hidden.shape[1]
-    slices = chunks.gradient_slices(weight, like.dtype) if needs[1] else []
+    V, H = weight.shape
+    slices = products.gradient_slices(weight, like.dtype) if needs[1] else []
     return (
-        like.new_empty((N if needs[0] else 0, H)),
+        empty_hidden_gradient(hidden[: None if needs[0] else 0], weight, like),
         [like.new_empty((s.stop - s.start, H)) for s in slices],
         like.new_empty((V if needs[2] else 0,)),
     )
@@ -117,6 +132,7 @@ def _(
     d_logp: Tensor,
     d_entropy: Tensor | None,
     needs: Sequence[bool],
+    chunk_bytes: int | None = None,
 ) -> Gradients:
     return empty_gradients(hidden, weight, logit_scale, needs)
 
@@ -131,13 +147,15 @@ def linear_logprob_frozen(
     temperature: Tensor,
     softcap: Tensor | None,
     logit_scale: Tensor,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """4NHV: (logp [N], d logp / d hidden [N, H])."""
     with no_autocast(hidden):
-        scale = Scale(temperature, softcap, logit_scale)
+        scale = Scale(temperature, softcap, logit_scale, bias)
         stats, slope = chunks.forward_chunks(
-            hidden, weight, bias, target.long(), mask, scale, entropy=False, gradient=True, passes=row_passes()
-        )
+            hidden, weight, target.long(), mask, scale, entropy=False, gradient=True, passes=row_passes(hidden),
+            chunk_bytes=chunk_bytes,
+        )  # fmt: skip
     return stats.logp, slope
 
 
@@ -151,8 +169,9 @@ def _(
     temperature: Tensor,
     softcap: Tensor | None,
     logit_scale: Tensor,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return logit_scale.new_empty(hidden.shape[0]), logit_scale.new_empty(hidden.shape)
+    return logit_scale.new_empty(hidden.shape[0]), empty_hidden_gradient(hidden, weight, logit_scale)
 
 
 @torch.library.custom_op("rlcore::linear_policy_loss", mutates_args=())
@@ -168,6 +187,7 @@ def linear_policy_loss(
     batch: Sequence[Tensor | None],
     prepared: bool,
     needs: Sequence[bool],
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
     """6NHV, or 2NHV where no gradient is: (loss, metrics [K], d_hidden [N, H], d_weight [V, H] in slices, d_bias [V]).
 
@@ -179,7 +199,8 @@ def linear_policy_loss(
     wanted = (needs[0], needs[1], needs[2])
     with no_autocast(hidden):
         out = algorithm.folded(
-            hidden, weight, rows, structure, bias, temperature, softcap, logit_scale, wanted, row_passes()
+            hidden, weight, rows, structure, bias, temperature, softcap, logit_scale, wanted,
+            row_passes(hidden), chunk_bytes,
         )  # fmt: skip
     names = metric_names(rows, structure, entropy=True)
     metrics = torch.stack([out.metrics[name].to(logit_scale.dtype) for name in names])
@@ -199,6 +220,7 @@ def _(
     batch: Sequence[Tensor | None],
     prepared: bool,
     needs: Sequence[bool],
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
     rows = TokenBatch.from_tensors(list(batch), prepared=prepared)
     names = metric_names(rows, lookup(objective, numbers), entropy=True)
@@ -210,7 +232,7 @@ def _(
 def logprob_forward(logits: Tensor, target: Tensor, mask: Tensor | None, temperature: Tensor, entropy: bool) -> Four:
     """(maximum, log_sum, logp, entropy), each [N], of logits [N, V] or [B, T, V]."""
     scale = Scale(temperature, None, temperature.new_ones(()))
-    stats = scores.statistics(logits, target.long(), mask, scale, entropy=entropy, passes=row_passes())
+    stats = score_passes(logits).statistics(logits, target.long(), mask, scale, entropy=entropy)
     return stats.maximum, stats.log_sum, stats.logp, stats.entropy
 
 
@@ -238,7 +260,7 @@ def logprob_backward(
     """d_logits in the logits' shape and dtype."""
     scale = Scale(temperature, None, temperature.new_ones(()))
     d, stats = Coefficients(d_logp, d_entropy), RowStatistics(*statistics)
-    return scores.gradient(logits, target.long(), mask, scale, stats, d, passes=row_passes())
+    return score_passes(logits).gradient(logits, target.long(), mask, scale, stats, d)
 
 
 @logprob_backward.register_fake
@@ -267,7 +289,7 @@ def logprob_backward_(
     """`logprob_backward` in the logits' memory; their version counter goes up."""
     scale = Scale(temperature, None, temperature.new_ones(()))
     d, stats = Coefficients(d_logp, d_entropy), RowStatistics(*statistics)
-    scores.gradient(logits, target.long(), mask, scale, stats, d, in_place=True, passes=row_passes())
+    score_passes(logits).gradient(logits, target.long(), mask, scale, stats, d, in_place=True)
 
 
 @logprob_backward_.register_fake

@@ -51,8 +51,8 @@ def test_logits_and_their_log_sum_exp(data, setting):
     case = make(data, setting, torch.float32)
     z = vh.logits(case.hidden, case.weight, case.bias, **case.numbers())
     head = case.oracle()
-    scale = vh.scale_of(case.hidden, *case.numbers().values())
-    stats, _ = chunks.forward_chunks(case.hidden, case.weight, case.bias, case.target, None, scale, entropy=True)
+    scale = vh.scale_of(case.hidden, *case.numbers().values())._replace(bias=case.bias)
+    stats, _ = chunks.forward_chunks(case.hidden, case.weight, case.target, None, scale, entropy=True)
     exact = vh.logits(case.hidden.double(), case.weight.double(), None if case.bias is None else case.bias.double(),
                       **case.numbers())  # fmt: skip
     assert_accurate(stats.maximum + stats.log_sum, exact.logsumexp(-1), z.logsumexp(-1), name="lse")

@@ -16,7 +16,7 @@ if INTERPRETED:
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.append(str(ROOT / "bench"))  # after tests, which have names in common
 
 import compile_kernels as static  # noqa: E402
 from static_cases import FAMILIES, QUICK  # noqa: E402

@@ -23,6 +23,7 @@ from vocab_head_cases import (
 
 from accuracy import to_float64
 from rlcore.algorithms import vocab_head_chunks as chunks
+from rlcore.algorithms import vocab_head_products as products
 from rlcore.ops import backend
 from rlcore.ops.vocab_head import linear_logprob, logprob
 
@@ -146,8 +147,8 @@ def test_frozen_head(setting, dtype, monkeypatch):
 
 
 def count_calls(monkeypatch, name):
-    calls, original = [], getattr(chunks, name)
-    monkeypatch.setattr(chunks, name, lambda *a: (calls.append(a), original(*a))[1])
+    calls, original = [], getattr(products, name)
+    monkeypatch.setattr(products, name, lambda *a: (calls.append(a), original(*a))[1])
     return calls
 
 
@@ -335,7 +336,7 @@ def test_d_weight_is_not_rounded_between_chunks(monkeypatch):
 def test_low_precision_weights_are_upcast_and_summed_by_slices(monkeypatch, bound):
     case = make("random", "bias", torch.bfloat16)
     expected = run(case)
-    monkeypatch.setattr(chunks, bound, 31 * 4 * 10)
+    monkeypatch.setattr(products, bound, 31 * 4 * 10)
     found = run(case)
     for x, y in zip(flatten(found), flatten(expected), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-2 if x.dtype == torch.bfloat16 else 1e-5, atol=1e-5)

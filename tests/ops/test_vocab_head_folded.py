@@ -16,6 +16,7 @@ import rlcore as rl
 from accuracy import assert_accurate, to_float64
 from rlcore.algorithms import vocab_head as algorithm
 from rlcore.algorithms import vocab_head_chunks as chunks
+from rlcore.algorithms import vocab_head_products as products
 from rlcore.algorithms.objective import AGGREGATES, KL, RATIOS, SURROGATES, TIS, Objective
 from rlcore.layout import TokenBatch, merge_metrics
 from rlcore.ops import backend
@@ -422,7 +423,7 @@ def test_low_precision_weight_gradients_are_put_together_from_slices(monkeypatch
         return linear_policy_loss(hidden, weight, batch, Objective(), bias, **case.numbers())[0]
 
     def gradients(rows):
-        monkeypatch.setattr(chunks, "GRADIENT_SLICE_BYTES", rows * case.hidden.shape[-1] * 4)
+        monkeypatch.setattr(products, "GRADIENT_SLICE_BYTES", rows * case.hidden.shape[-1] * 4)
         torch._dynamo.reset()
         function = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
         leaves = case.fresh().leaves

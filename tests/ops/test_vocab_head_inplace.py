@@ -9,7 +9,7 @@ from vocab_head_cases import DTYPES, set_chunk
 from accuracy import assert_accurate, to_float64
 from oracles import vocab_head as oracle
 from rlcore.algorithms.vocab_head_chunks import TORCH
-from rlcore.ops import backend
+from rlcore.ops import backend, vocab_head_passes
 from rlcore.ops import vocab_head_raw as raw
 from rlcore.ops.vocab_head import logprob
 
@@ -23,7 +23,7 @@ def passes(request, monkeypatch):
     if request.param == "native" and not NATIVE:
         pytest.skip("rlcore._native was not built")
     if request.param == "torch":
-        monkeypatch.setattr(raw, "row_passes", lambda: TORCH)
+        monkeypatch.setattr(vocab_head_passes, "row_passes", lambda x: TORCH)
     set_chunk(monkeypatch, V, 10, 3)
 
 

@@ -1,0 +1,107 @@
+"""The head's products in the weight's own low precision, as on a GPU, with stand-ins for the products themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from vocab_head_cases import check_forward, check_gradients, coefficients, gradients_of, make
+
+from rlcore.algorithms import vocab_head_chunks as chunks
+from rlcore.algorithms import vocab_head_products as products
+from rlcore.algorithms.objective import Objective
+from rlcore.layout import TokenBatch
+from rlcore.ops.vocab_head import linear_logprob, linear_policy_loss
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Rows stay, operands keep their dtype, results are float32; every product's operands and result are recorded."""
+    seen = []
+
+    def wide(a, b, out):
+        seen.append((a.dtype, b.dtype, out.dtype))
+        assert a.dtype == b.dtype
+        return a.to(torch.float32) @ b.to(torch.float32)
+
+    monkeypatch.setattr(products, "keeps_float32", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(products, "multiply", lambda a, b, out: out.copy_(wide(a, b, out)))
+    monkeypatch.setattr(products, "multiply_add", lambda a, b, out: out.add_(wide(a, b, out)))
+    monkeypatch.setattr(chunks, "compacts", lambda device: False)
+    return seen
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_operand_is_upcast_and_no_sum_rounded(as_on_a_gpu, frozen):
+    dtype = torch.bfloat16
+    case = make("peaked", "rows", dtype, masked=0.2).fresh()
+    if frozen:
+        case.weight.requires_grad_(False)
+        case.bias.requires_grad_(False)
+    out = linear_logprob(case.hidden, case.weight, case.target, entropy=not frozen, chunk_bytes=20 * 123 * 4,
+                         **case.kwargs())  # fmt: skip
+    leaves = [case.hidden] if frozen else case.leaves
+    found = gradients_of(*out, leaves, *coefficients(case))
+    check_forward(case, out.logp, out.entropy)
+    check_gradients(case, found, with_entropy=not frozen)
+    assert set(as_on_a_gpu) == {(dtype, dtype, torch.float32), (dtype, dtype, dtype)}  # the latter is d hidden
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_folded_gradients_keep_small_numbers_until_the_loss_scale_comes(as_on_a_gpu, dtype):
+    case = make("random", "bias", dtype).fresh()
+    batch = TokenBatch(case.target, torch.tensor([0, 20, 47]), advantage=torch.randn(47) * 1e-6)
+    loss, _ = linear_policy_loss(case.hidden, case.weight, batch, Objective("none", "reinforce"), case.bias,
+                                 chunk_bytes=20 * 123 * 4, **case.numbers())  # fmt: skip
+    found = torch.autograd.grad(loss, case.leaves, torch.tensor(65536.0))
+    d = -batch.advantage.double().numpy() / 47 * 65536
+    expected = case.oracle().backward(d, 0 * d)
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == dtype
+        assert abs(x.double().numpy() - y).max() < 0.02 * abs(y).max()
+
+
+def test_a_budget_cuts_chunks_and_changes_no_number():
+    case = make("random", "bias", torch.float64)
+    seen = []
+    original = chunks.logits_buffer
+
+    def spy(weight, rows, dtype):
+        seen.append(rows)
+        return original(weight, rows, dtype)
+
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "logits_buffer", spy)
+        for budget in (None, 10 * 123 * 8, 1):
+            again = case.fresh()
+            out = linear_logprob(again.hidden, again.weight, again.target, again.bias, again.temperature,
+                                 chunk_bytes=budget)  # fmt: skip
+            results.append([out.logp, *torch.autograd.grad(out.logp.sum(), again.leaves)])
+    assert seen == [47, 47, 10, 10, 1, 1]
+    for found in results[1:]:
+        for x, y in zip(found, results[0], strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("budget", "error"), [(0, ValueError), (-5, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_budgets_that_are_none(budget, error):
+    case = make()
+    with pytest.raises(error, match="chunk_bytes"):
+        linear_logprob(case.hidden, case.weight, case.target, chunk_bytes=budget)
+
+
+def test_chunks_of_a_gpu_are_whole_tiles_and_begin_aligned():
+    device = torch.device("meta")
+    assert chunks.chunk_rows(151936, torch.float32, device) == 4096
+    assert chunks.chunk_rows(151936, torch.float32, device, 2**29) == 768
+    buffer = chunks.logits_buffer(torch.empty(50257, 4, device=device), 8, torch.float32)
+    assert buffer.shape == (8, 50257) and buffer.stride() == (50304, 1)
+
+
+def test_torch_takes_the_products_as_they_are_called():
+    """The signatures of the mixed products, which the CPU has none of."""
+    a, b = (torch.empty(4, 4, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    out = torch.empty(4, 4, device="meta")
+    assert products.multiply(a, b, out) is out
+    if products.ADDS_TO_FLOAT32:
+        assert products.multiply_add(a, b, out) is out

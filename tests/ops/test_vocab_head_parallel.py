@@ -1,0 +1,65 @@
+"""Shards of the vocabulary in processes of their own, over gloo, against the oracle and against one whole."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from vocab_head_cases import check_forward, check_gradients
+from vocab_parallel_worker import CASES, case_of
+
+from rlcore.algorithms import vocab_head_chunks as chunks
+from rlcore.algorithms.vocab_head_chunks import RowStatistics
+
+WORKER = Path(__file__).resolve().parents[1] / "vocab_parallel_worker.py"
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+def ranks(request, tmp_path_factory):
+    """What every rank found: one dict of results per rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, str(WORKER)]
+    running = [
+        subprocess.Popen([*command, str(rank), str(request.param), str(folder)], stderr=subprocess.PIPE, text=True)
+        for rank in range(request.param)
+    ]
+    errors = [process.communicate(timeout=250)[1] for process in running]
+    assert all(process.returncode == 0 for process in running), "\n".join(errors)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shards_are_one_head(ranks, name):
+    case, found = case_of(name), [rank[name] for rank in ranks]
+    logp, entropy, d_hidden = found[0][:3]
+    check_forward(case, logp, entropy)
+    shards = [torch.cat(parts) for parts in zip(*(x[3:] for x in found), strict=True)]
+    check_gradients(case, [d_hidden, *shards])
+    for x in found[1:]:
+        assert torch.equal(x[0], logp) and torch.equal(x[1], entropy)
+        torch.testing.assert_close(x[2], d_hidden, rtol=0, atol=0)
+
+
+def test_a_label_outside_the_whole_vocabulary_has_no_logprob(ranks):
+    for rank in ranks:
+        assert rank["stray"][0].isnan().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("cuts", [(123,), (1, 123), (40, 80, 123), (122, 123)])
+def test_merged_shards(cuts):
+    """Shards without a finite logit, also where the label is; in float32 as exact as one pass over all."""
+    z = (torch.randn(6, 123) * 8).double()
+    z[0, :40], z[1, 100], z[2, :40] = -torch.inf, 300.0, -torch.inf
+    target = torch.tensor([50, 100, 0, 122, 40, 39])
+    starts = (0, *cuts[:-1])
+    shards = [
+        chunks.block_statistics(z[:, a:b].float(), target - a, True) for a, b in zip(starts, cuts, strict=True)
+    ]
+    stacked = RowStatistics(*(torch.stack(x) for x in zip(*shards, strict=True)))
+    found = chunks.merge_shards(stacked, target, torch.tensor(starts), torch.tensor(cuts))
+    expected = chunks.block_statistics(z, target, True)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=2e-6, atol=2e-6)
