@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rlcore.adapters.transformers import EXACT_LAYERS, decoder, unwrap
+from rlcore.adapters.transformers_probe import max_depth
 from rlcore.engine.sampler import draw, prefill, shared_length
 from rlcore.engine.seeding import generator
 
@@ -92,6 +93,7 @@ class Sampler:
         self.model, self.seed, self.max_new_tokens = model, seed, max_new_tokens
         self.eos_id, self.pad_id = eos_id, pad_id
         self.shape = (temperature, top_k, top_p)
+        self.max_depth = max_depth(unwrap(model))
         self.device = unwrap(model).get_input_embeddings().weight.device
         self.nodes: list[Node] = []
         self._started = 0
@@ -115,6 +117,7 @@ class Sampler:
         for i, prompt in enumerate(prompts):
             if not prompt:
                 raise ValueError(f"prompts[{i}]: expected at least one token, got none")
+            self._check_depth(f"prompts[{i}]", len(prompt))
         heads = [prompt[:-1] for prompt in prompts if len(prompt) > 1]
         rows: list[KeysValues] = []
         if heads:
@@ -138,8 +141,9 @@ class Sampler:
     def branch(self, node: int, n: int = 1, at: int | None = None) -> list[int]:
         """n new sequences that go on after the first `at` tokens of a sequence, its prompt's included (None: all).
 
-        The sequence may be a prompt, run or have ended. Raises ValueError for what is not one of its prefixes, and for
-        a sampled end token as the last of them.
+        The sequence may be a prompt, run or have ended. Raises ValueError for what is not one of its prefixes, for a
+        sampled end token as the last of them, and where the new sequences could get longer than rotary frequencies
+        allow that depend on the longest sequence.
         """
         if not 0 <= node < len(self.nodes):
             raise ValueError(f"node: expected one of {len(self.nodes)} nodes, got {node}")
@@ -149,6 +153,7 @@ class Sampler:
         at = len(path) if at is None else at
         if not 1 <= at <= len(path):
             raise ValueError(f"at: expected 1 to {len(path)}, the tokens of node {node}, got {at}")
+        self._check_depth("at", at)
         while at <= self.nodes[node].at:
             node = self.nodes[node].parent
         if path[at - 1] == self.eos_id and self.nodes[node].limit:
@@ -221,6 +226,13 @@ class Sampler:
     def _add(self, node: Node) -> int:
         self.nodes.append(node)
         return len(self.nodes) - 1
+
+    def _check_depth(self, name: str, length: int) -> None:
+        if self.max_depth is not None and length + self.max_new_tokens > self.max_depth:
+            raise ValueError(
+                f"{name}: expected at most {self.max_depth} tokens, the {self.max_new_tokens} that may follow included, "
+                f"got {length}: beyond that this model's rotary frequencies depend on the longest sequence that runs"
+            )
 
     def _wait(self, node: int, at: int, last: int, new: list[int]) -> None:
         """Puts new sequences where their prefix is about to pass through the model, or makes a row for them."""

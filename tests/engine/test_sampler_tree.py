@@ -261,3 +261,16 @@ def test_refuses_layers_that_keep_no_keys():
     chunked = build("Llama", layer_types=["chunked_attention"] * 3)
     with pytest.raises(ValueError, match="chunked_attention"):
         sampler(chunked)
+
+
+def test_refuses_depths_at_which_sequences_depend_on_each_other():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    tree = sampler(build("Llama", rope_parameters=rope, max_position_embeddings=12).eval())
+    with pytest.raises(ValueError, match=r"prompts\[1\]: expected at most 12 tokens, the 6 that may follow included, got 7"):
+        tree.start([[5], [5, 6, 7, 8, 9, 10, 11]])
+    node = tree.branch(tree.start([[5, 6, 7, 8, 9, 10]])[0])[0]
+    tree.step()
+    with pytest.raises(ValueError, match="at: expected at most 12 tokens"):
+        tree.branch(node)
+    tree.run()
+    check_logp(tree.model, tree, node)
