@@ -113,7 +113,10 @@ class Sampler:
 
     @torch.no_grad()
     def start(self, prompts: list[list[int]]) -> list[int]:
-        """Passes prompts through the model, what they have in common once, and returns a node for each."""
+        """Passes prompts through the model, what they have in common once, and returns a node for each.
+
+        Raises ValueError for empty prompts, those too long as in `branch`, and models that keep no key per token.
+        """
         for i, prompt in enumerate(prompts):
             if not prompt:
                 raise ValueError(f"prompts[{i}]: expected at least one token, got none")
@@ -230,7 +233,7 @@ class Sampler:
     def _check_depth(self, name: str, length: int) -> None:
         if self.max_depth is not None and length + self.max_new_tokens > self.max_depth:
             raise ValueError(
-                f"{name}: expected at most {self.max_depth} tokens, the {self.max_new_tokens} that may follow included, "
+                f"{name}: expected at most {self.max_depth} tokens with the {self.max_new_tokens} that may follow, "
                 f"got {length}: beyond that this model's rotary frequencies depend on the longest sequence that runs"
             )
 

@@ -266,7 +266,7 @@ def test_refuses_layers_that_keep_no_keys():
 def test_refuses_depths_at_which_sequences_depend_on_each_other():
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     tree = sampler(build("Llama", rope_parameters=rope, max_position_embeddings=12).eval())
-    with pytest.raises(ValueError, match=r"prompts\[1\]: expected at most 12 tokens, the 6 that may follow included, got 7"):
+    with pytest.raises(ValueError, match=r"prompts\[1\]: expected at most 12 tokens with the 6 that may follow, got 7"):
         tree.start([[5], [5, 6, 7, 8, 9, 10, 11]])
     node = tree.branch(tree.start([[5, 6, 7, 8, 9, 10]])[0])[0]
     tree.step()
