@@ -193,7 +193,8 @@ class UpdateConfig:
     minibatches: Annotated[int, AT_LEAST_ONE] = 2
     """Optimizer steps per pass."""
     micro_tokens: Annotated[int, AT_LEAST_ONE] = 8192
-    """Most answer tokens that go through the model at a time; the answers to a prompt stay together."""
+    """Most tokens that go through the model at a time: answers and prompts, a prompt once in trees, before every answer
+    in padded batches. The answers to a prompt stay together where they fit."""
     clip_low: Annotated[float | None, NOT_NEGATIVE] = None
     """Lower clip width of the probability ratio; the method's own where absent."""
     clip_high: Annotated[float | None, NOT_NEGATIVE] = None

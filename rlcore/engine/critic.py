@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import rlcore as rl
 from rlcore.adapters.transformers import unwrap
 from rlcore.engine.config import CriticConfig, UpdateConfig
-from rlcore.engine.policy import Policy, Prompts, Responses
+from rlcore.engine.packs import Pack
+from rlcore.engine.policy import Policy
 
 
 class Critic(nn.Module):
@@ -36,13 +37,13 @@ class Critic(nn.Module):
             weight_decay=update.weight_decay,
         )
 
-    def forward(self, prompts: Prompts, responses: Responses) -> Tensor:
-        hidden = self.trunk.hidden(prompts, responses)
+    def forward(self, pack: Pack) -> Tensor:
+        hidden = self.trunk.hidden(pack)
         return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
 
-    def loss(self, prompts: Prompts, responses: Responses, batch: rl.TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, pack: Pack, batch: rl.TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The clipped squared error of a micro-batch with `returns` and `old_value`, and its metrics."""
-        return rl.value_loss(self(prompts, responses), batch, self.config.clip or None)
+        return rl.value_loss(self(pack), batch, self.config.clip or None)
 
     def step(self, lr: float) -> Tensor:
         """One optimizer step; returns the norm of the gradient before clipping."""

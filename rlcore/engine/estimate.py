@@ -136,11 +136,8 @@ def estimate(config: Config, model: Any, prompt: float, longest: int) -> Estimat
     V, H = head.shape
     T = rollout.max_new_tokens
 
-    group = rollout.samples * T
-    minibatch = math.ceil(rollout.prompts / update.minibatches) * group
-    answers = min(max(update.micro_tokens // group * group, group), minibatch)
     padded = update.layout == "padded"
-    tokens = answers + (answers / T if padded else answers / group) * prompt
+    answers, tokens = largest_pack(config, prompt, padded)
     logits = int(tokens) * V * FLOAT
     chunk = min(logits, CHUNK_BYTES["cpu"] if config.device == "cpu" else CHUNK_BYTES["default"])
 
@@ -171,6 +168,19 @@ def estimate(config: Config, model: Any, prompt: float, longest: int) -> Estimat
             "weights in bfloat16": kept.casts,
         },
     )
+
+
+def largest_pack(config: Config, prompt: float, padded: bool) -> tuple[int, float]:
+    """Answer tokens, and all tokens, of the fullest pack where every answer is as long as allowed."""
+    T, G, most = config.rollout.max_new_tokens, config.rollout.samples, config.update.micro_tokens
+    once, each = (0.0, prompt + T) if padded else (prompt, float(T))
+    minibatch = math.ceil(config.rollout.prompts / config.update.minibatches)
+    if once + G * each > most:  # part of a group
+        answers, groups = max(1, int((most - once) // each)), 1
+    else:
+        groups = min(minibatch, int(most // (once + G * each)))
+        answers = groups * G
+    return answers * T, groups * once + answers * each
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

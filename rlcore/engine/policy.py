@@ -18,10 +18,8 @@ import rlcore as rl
 from rlcore.adapters.transformers import decoder, head, unwrap
 from rlcore.engine.errors import UserError
 from rlcore.engine.lora import is_adapted
+from rlcore.engine.packs import Pack
 from rlcore.engine.precision import forward_pass
-
-Prompts = list[list[int]]
-Responses = list[list[list[int]]]
 
 
 class Policy:
@@ -45,37 +43,33 @@ class Policy:
         return self.model.get_input_embeddings().weight.device
 
     @forward_pass
-    def loss(
-        self, prompts: Prompts, responses: Responses, batch: rl.TokenBatch, objective: rl.Objective
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The objective on the answers' tokens, batch [N] in the order of `responses`, and its metrics."""
+    def loss(self, pack: Pack, batch: rl.TokenBatch, objective: rl.Objective) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective on the answers' tokens, batch [N] in the order of the pack, and its metrics."""
         if self.layout == "tree":
-            hidden = rl.trunk(self.model, answer_tree(prompts, responses, self.device))
+            hidden = rl.trunk(self.model, pack.tree)
             return rl.linear_policy_loss(hidden, batch=batch, objective=objective, **self._head())
-        out = rl.logprob(self._logits(prompts, responses), batch.target, self.temperature, entropy=True)
+        out = rl.logprob(self._logits(pack), batch.target, self.temperature, entropy=True)
         return rl.policy_loss(out.logp, batch, objective, entropy=out.entropy)
 
-    def logp(self, prompts: Prompts, responses: Responses, batch: rl.TokenBatch) -> Tensor:
+    def logp(self, pack: Pack, batch: rl.TokenBatch) -> Tensor:
         """Log-probs [N] of the answers' tokens, without gradient."""
-        return self.scores(prompts, responses, batch).logp
+        return self.scores(pack, batch).logp
 
     @torch.no_grad()
     @forward_pass
-    def scores(
-        self, prompts: Prompts, responses: Responses, batch: rl.TokenBatch, entropy: bool = False
-    ) -> rl.LogProbs:
+    def scores(self, pack: Pack, batch: rl.TokenBatch, entropy: bool = False) -> rl.LogProbs:
         """Log-probs [N] of the answers' tokens, and the entropies [N] of their distributions, without gradient."""
         if self.layout == "tree":
-            hidden = rl.trunk(self.model, answer_tree(prompts, responses, self.device))
+            hidden = rl.trunk(self.model, pack.tree)
             return rl.linear_logprob(hidden, target=batch.target, entropy=entropy, **self._head())
-        return rl.logprob(self._logits(prompts, responses), batch.target, self.temperature, entropy=entropy)
+        return rl.logprob(self._logits(pack), batch.target, self.temperature, entropy=entropy)
 
     @forward_pass
-    def hidden(self, prompts: Prompts, responses: Responses) -> Tensor:
+    def hidden(self, pack: Pack) -> Tensor:
         """The decoder's last hidden states [N, H] at the positions that predict the answers' tokens."""
         if self.layout == "tree":
-            return rl.trunk(self.model, answer_tree(prompts, responses, self.device))
-        ids, mask, rows = self._padded(prompts, responses)
+            return rl.trunk(self.model, pack.tree)
+        ids, mask, rows = self._padded(pack)
         return decoder(unwrap(self.model))(ids, attention_mask=mask, use_cache=False).last_hidden_state[rows]
 
     @contextmanager
@@ -89,14 +83,14 @@ class Policy:
     def _head(self) -> dict[str, Any]:
         return {**head(self.model)._asdict(), "temperature": self.temperature}
 
-    def _logits(self, prompts: Prompts, responses: Responses) -> Tensor:
+    def _logits(self, pack: Pack) -> Tensor:
         """[N, V] at the positions that predict the answers' tokens."""
-        ids, mask, rows = self._padded(prompts, responses)
+        ids, mask, rows = self._padded(pack)
         return self.model(ids, attention_mask=mask, use_cache=False).logits[rows]
 
-    def _padded(self, prompts: Prompts, responses: Responses) -> tuple[Tensor, Tensor, Tensor]:
+    def _padded(self, pack: Pack) -> tuple[Tensor, Tensor, Tensor]:
         """Right-padded rows with repeated prompts: ids, attention mask, and where answers' tokens are predicted."""
-        pairs = [(prompt, answer) for prompt, group in zip(prompts, responses, strict=True) for answer in group]
+        pairs = pack.pairs
         width = max(len(prompt) + len(answer) for prompt, answer in pairs)
         ids = [prompt + answer + [self.pad_id] * (width - len(prompt) - len(answer)) for prompt, answer in pairs]
         start = torch.tensor([len(prompt) for prompt, _ in pairs], device=self.device)[:, None]
@@ -104,17 +98,3 @@ class Policy:
         column = torch.arange(width, device=self.device)
         mask = (column < start + length).long()
         return torch.tensor(ids, device=self.device), mask, (column >= start - 1) & (column < start + length - 1)
-
-
-def answer_tree(prompts: Prompts, responses: Responses, device: torch.device) -> rl.PrefixTree:
-    """A trie of prompts and answers whose predictions are the answers' tokens alone.
-
-    Beyond one copy of each prompt it shares what prompts have in common (an instruction) and what answers begin with.
-    """
-    pairs = [(prompt, answer) for prompt, group in zip(prompts, responses, strict=True) for answer in group]
-    return rl.PrefixTree.from_paths(
-        [prompt + answer for prompt, answer in pairs],
-        device,
-        predict=[len(prompt) for prompt, _ in pairs],
-        group=[g for g, bodies in enumerate(responses) for _ in bodies],
-    )

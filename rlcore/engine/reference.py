@@ -14,7 +14,8 @@ import rlcore as rl
 from rlcore.engine.checkpoint import save_model, why_unusable, write_directory
 from rlcore.engine.config import Config
 from rlcore.engine.model import load, load_or_make
-from rlcore.engine.policy import Policy, Prompts, Responses
+from rlcore.engine.packs import Pack
+from rlcore.engine.policy import Policy
 from rlcore.engine.precision import compute_in_bfloat16
 from rlcore.engine.tasks import Task
 
@@ -30,9 +31,9 @@ class Reference:
         if model is not None:
             self.policy.model = rl.attach(model) if policy.layout == "tree" else model
 
-    def logp(self, prompts: Prompts, responses: Responses, batch: rl.TokenBatch) -> Tensor:
+    def logp(self, pack: Pack, batch: rl.TokenBatch) -> Tensor:
         with self.policy.without_adapter() if self.shared else nullcontext():
-            return self.policy.logp(prompts, responses, batch)
+            return self.policy.logp(pack, batch)
 
 
 def load_reference(config: Config, task: Task, policy: Policy, run: Path) -> Reference | None:

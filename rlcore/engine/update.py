@@ -7,7 +7,7 @@ one optimizer step each; a minibatch goes through the model in micro-batches who
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -22,7 +22,8 @@ from rlcore.algorithms.policy_loss import kl_divergence
 from rlcore.engine import checkpoint
 from rlcore.engine.config import Config
 from rlcore.engine.critic import Critic, explained_variance
-from rlcore.engine.policy import Policy, Prompts, Responses
+from rlcore.engine.packs import Minibatch, Pack, minibatch_of
+from rlcore.engine.policy import Policy
 from rlcore.engine.reference import Reference
 from rlcore.engine.rollout import Rollout, take
 from rlcore.engine.samples import Seen
@@ -30,8 +31,7 @@ from rlcore.engine.schedule import MovingAverage, learning_rate
 from rlcore.engine.seeding import permutation
 from rlcore.engine.shaping import at_last_token, length_penalty, next_coefficient
 from rlcore.engine.timing import Stopwatch
-
-Micro = tuple[Prompts, Responses, rl.TokenBatch]
+from rlcore.layout import rows_of
 
 
 class Learner:
@@ -48,7 +48,7 @@ class Learner:
         self.critic = Critic(policy, config.critic, config.update) if "critic" in method.needs else None
         self.average = MovingAverage(policy.model, config.update.ema) if config.update.ema else None
         self.kl_coef = config.kl.coef
-        self.objective()
+        self.whole_groups = self.objective().scope == "group"
 
     def objective(self) -> rl.Objective:
         """The method's objective with the configured clip bounds and the KL term as it stands at this step."""
@@ -63,9 +63,10 @@ class Learner:
         """The optimizer steps on one rollout with rewards [S]; returns how they saw its tokens, and metrics."""
         objective = self.objective()
         with clock("forward_backward"):
-            batch, entropy = self.with_scores(rollout)
+            dealt = self.deal(rollout, step, 0)
+            batch, entropy = self.with_scores(rollout, dealt)
         batch, metrics = self.with_advantage(batch, reward)
-        metrics |= self.optimize(rollout, batch, objective, step, clock)
+        metrics |= self.optimize(rollout, batch, dealt, objective, step, clock)
         old_logp = required(batch.old_logp)
         mismatch = (old_logp - rollout.model_logp).abs()
         return Seen(old_logp, entropy, required(batch.advantage)), {
@@ -75,26 +76,46 @@ class Learner:
             "lr": self.optimizer.param_groups[0]["lr"],
         }
 
+    def deal(self, rollout: Rollout, step: int, epoch: int) -> list[Minibatch]:
+        """The minibatches of a pass: the prompts with all their answers, dealt anew in every one."""
+        config = self.config
+        order = torch.tensor(permutation(len(rollout.prompts), config.seed, "minibatches", step, epoch))
+        deal = partial(minibatch_of, rollout, layout=self.policy.layout, whole_groups=self.whole_groups)
+        parts = order.tensor_split(config.update.minibatches)
+        return [deal(groups=chosen.sort().values.tolist(), config=config.update) for chosen in parts]
+
     @torch.no_grad()
-    def with_scores(self, rollout: Rollout) -> tuple[rl.TokenBatch, Tensor]:
+    def with_scores(self, rollout: Rollout, dealt: list[Minibatch]) -> tuple[rl.TokenBatch, Tensor]:
         """The rollout's tokens with what the models say of them before the update: old_logp, ref_logp and value, [N].
 
-        Beside it the policy's entropies [N], which are logged.
+        Beside it the policy's entropies [N], which are logged. All of it goes through the models in the packs of the
+        first pass of the update, whose trees are made once.
 
         The sampler's own log-probs differ from old_logp in the last digits (a KV cache, other shapes): ratios to these
         start at exactly 1, and the difference is logged.
         """
         config, batch = self.config, rollout.batch
-        parts = list(micro_batches(rollout, batch, range(len(rollout.prompts)), config))
+        places, parts = [], []
+        for sequences, packs in dealt:
+            for chosen, pack in packs:
+                own = sequences[chosen]
+                places.append(rows_of(required(batch.offsets), own)[0])
+                parts.append((pack, batch.take(own)))
+        place = torch.cat(places)
+
+        def in_order(found: list[Tensor]) -> Tensor:
+            x = torch.cat(found)
+            return torch.empty_like(x).index_copy_(0, place, x)
+
         seen = [self.policy.scores(*part, entropy=True) for part in parts]
-        scores: dict[str, Any] = {"old_logp": torch.cat([one.logp for one in seen])}
+        scores: dict[str, Any] = {"old_logp": in_order([one.logp for one in seen])}
         if self.reference is not None:
-            scores["ref_logp"] = torch.cat([self.reference.logp(*part) for part in parts])
+            scores["ref_logp"] = in_order([self.reference.logp(*part) for part in parts])
         if self.critic is not None:
-            value = torch.cat([self.critic(prompts, responses) for prompts, responses, _ in parts])
+            value = in_order([self.critic(pack) for pack, _ in parts])
             scores |= {"value": value, "old_value": value}
         mask = rl.per_token(rollout.finished, batch) if config.rollout.overlong_filter else batch.mask
-        return replace(batch, **scores, mask=mask), torch.cat([required(one.entropy) for one in seen])
+        return replace(batch, **scores, mask=mask), in_order([required(one.entropy) for one in seen])
 
     def with_advantage(self, batch: rl.TokenBatch, reward: Tensor) -> tuple[rl.TokenBatch, dict[str, float]]:
         """The batch with `advantage` [N], and `returns` [N] where there is a critic; the metrics of what was paid."""
@@ -122,21 +143,27 @@ class Learner:
         return replace(batch, advantage=self.method.advantage(paid, batch, **horizon), returns=returns), metrics
 
     def optimize(
-        self, rollout: Rollout, batch: rl.TokenBatch, objective: rl.Objective, step: int, clock: Stopwatch
+        self,
+        rollout: Rollout,
+        batch: rl.TokenBatch,
+        dealt: list[Minibatch],
+        objective: rl.Objective,
+        step: int,
+        clock: Stopwatch,
     ) -> dict[str, float]:
-        """All optimizer steps of a step; returns the metrics of the losses over all of them."""
-        config, P, G = self.config, len(rollout.prompts), self.config.rollout.samples
+        """All optimizer steps of a step, `dealt` the first pass; returns the metrics of the losses over all of them."""
+        config = self.config
         self.optimizer.param_groups[0]["lr"] = learning_rate(config, step)
         critic_lr = learning_rate(config, step, config.critic.lr)
         policy_learns = self.critic is None or step > config.critic.warmup_steps
         steps: dict[str, list[dict[str, Tensor]]] = {"policy": [], "critic": []}
         for epoch in range(config.update.epochs):
-            order = torch.tensor(permutation(P, config.seed, "minibatches", step, epoch))
-            for chosen in order.tensor_split(config.update.minibatches):
-                groups = chosen.sort().values.tolist()
-                sequences = torch.tensor([g * G + i for g in groups for i in range(G)], device=batch.device)
+            with clock("forward_backward"):
+                minibatches = dealt if epoch == 0 else self.deal(rollout, step, epoch)
+            for sequences, packs in minibatches:
                 with clock("forward_backward"):
-                    micros = list(micro_batches(rollout, take(batch, sequences), groups, config))
+                    minibatch = take(batch, sequences)
+                    micros = [(pack, minibatch.take(chosen)) for chosen, pack in packs]
                 if policy_learns:
                     loss_of = partial(self.policy.loss, objective=objective)
                     steps["policy"].append(one_step(micros, loss_of, self.policy_step, clock))
@@ -192,17 +219,8 @@ class Learner:
                 self.average.weights[name].copy_(x)
 
 
-def micro_batches(rollout: Rollout, batch: rl.TokenBatch, groups: Any, config: Config) -> Iterator[Micro]:
-    """A batch of the given groups, in their order, as micro-batches with their prompts and answers."""
-    G = config.rollout.samples
-    for micro in batch.split(config.update.micro_tokens, by="group"):
-        assert micro.sequences is not None
-        own = groups[micro.sequences.start // G : micro.sequences.stop // G]
-        yield [rollout.prompts[g] for g in own], [rollout.responses[g] for g in own], micro
-
-
 def one_step(
-    micros: list[Micro], loss_of: Callable[..., Any], step: Callable[[], Tensor], clock: Stopwatch
+    micros: list[tuple[Pack, rl.TokenBatch]], loss_of: Callable[..., Any], step: Callable[[], Tensor], clock: Stopwatch
 ) -> dict[str, Tensor]:
     """The gradients of a minibatch's micro-batches, then an optimizer step; returns the metrics of the losses.
 

@@ -18,6 +18,7 @@ import torch
 
 import rlcore as rl
 from rlcore.engine.config import Config
+from rlcore.engine.packs import Pack
 from rlcore.engine.policy import Policy
 from rlcore.engine.rollout import encode
 from rlcore.engine.seeding import seed_of
@@ -104,9 +105,9 @@ def warm_start(model: Any, tokenizer: Any, task: Task, config: Config, say: Call
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.warm_lr, betas=(0.9, 0.99), weight_decay=0.0)
     for step in range(settings.warm_steps + 1):
         last = step == settings.warm_steps
-        prompts, answers, batch = supervised(tokenizer, task, step, config, policy.device)
+        pack, batch = supervised(tokenizer, task, step, config, policy.device)
         if step % CHECK_EVERY == 0 or last:
-            logp = policy.logp(prompts, answers, batch)
+            logp = policy.logp(pack, batch)
             accuracy = rl.segment_sum(logp, offsets=batch.offsets).exp().mean().item()
             if step % (5 * CHECK_EVERY) == 0 or accuracy >= settings.warm_accuracy:
                 say(f"warm start: step {step}, expected accuracy {accuracy:.1%} of {settings.warm_accuracy:.0%}")
@@ -119,7 +120,7 @@ def warm_start(model: Any, tokenizer: Any, task: Task, config: Config, say: Call
                 )
                 return
         optimizer.param_groups[0]["lr"] = settings.warm_lr * min(1.0, (step + 1) / 20)
-        loss, _ = policy.loss(prompts, answers, batch, likelihood)
+        loss, _ = policy.loss(pack, batch, likelihood)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -128,7 +129,7 @@ def warm_start(model: Any, tokenizer: Any, task: Task, config: Config, say: Call
 
 def supervised(
     tokenizer: Any, task: Task, step: int, config: Config, device: torch.device
-) -> tuple[list[list[int]], list[list[list[int]]], rl.TokenBatch]:
+) -> tuple[Pack, rl.TokenBatch]:
     """The prompts and reference answers of a supervised step, and their batch: every token has advantage 1."""
     problems = task.prompts(step, config.model.warm_batch, seed_of(config.seed, "warm"))
     prompts = encode(tokenizer, [problem.prompt for problem in problems])
@@ -138,4 +139,4 @@ def supervised(
     target = torch.tensor([token for group in answers for token in group[0]], device=device)
     lengths = torch.tensor([0, *(len(group[0]) for group in answers)], device=device)
     batch = rl.TokenBatch(target, lengths.cumsum(0), advantage=torch.ones(len(target), device=device))
-    return prompts, answers, batch
+    return Pack(prompts, answers, device), batch

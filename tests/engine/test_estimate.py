@@ -77,7 +77,7 @@ def test_what_is_kept_for_the_backward_pass(tiny, small):
     model, tokenizer, _ = small
     policy = Policy(model, tokenizer.pad_token_id, "tree")
     prompts, responses = [[5] * 20] * 4, [[[6 + i] * 30 for i in range(6)]] * 4
-    from rlcore.engine.policy import answer_tree
+    from rlcore.engine.packs import Pack
 
     seen = {p.untyped_storage().data_ptr(): p for p in model.parameters()}
     before = len(seen)
@@ -86,7 +86,7 @@ def test_what_is_kept_for_the_backward_pass(tiny, small):
         seen.setdefault(x.untyped_storage().data_ptr(), x)
         return x
 
-    tree = answer_tree(prompts, responses, torch.device("cpu"))
+    tree = Pack(prompts, responses, torch.device("cpu")).tree
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         rl.trunk(policy.model, tree)
     real = sum(x.untyped_storage().nbytes() for x in list(seen.values())[before:]) / tree.M

@@ -19,6 +19,7 @@ from rlcore.engine.critic import Critic
 from rlcore.engine.errors import UserError
 from rlcore.engine.logging import read
 from rlcore.engine.model import load, load_or_make
+from rlcore.engine.packs import Pack
 from rlcore.engine.policy import Policy
 from rlcore.engine.trainer import train
 from rlcore.layout import TokenBatch
@@ -26,6 +27,7 @@ from rlcore.ops.policy_loss import Objective
 
 PROMPTS = [[5, 6, 7, 8], [5, 6, 9], [30]]
 RESPONSES = [[[11, 12, 1], [11, 13, 14, 1]], [[1], [20, 21]], [[31, 32, 33, 34, 1]]]
+PACK = Pack(PROMPTS, RESPONSES, torch.device("cpu"))
 
 
 def batch() -> TokenBatch:
@@ -48,7 +50,7 @@ def adapted(small, **changes):
 
 def gradients(policy: Policy) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     policy.model.zero_grad()
-    loss, _ = policy.loss(PROMPTS, RESPONSES, batch(), Objective())
+    loss, _ = policy.loss(PACK, batch(), Objective())
     loss.backward()
     trainable = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     assert all("lora_" in name for name in trainable)
@@ -71,7 +73,7 @@ def test_trees_through_adapters(small):
     norm = torch.stack([g.norm() for g in expected.values()]).norm()
     for name, g in expected.items():
         assert g.norm() > 0 and (found[name] - g).norm() <= 1e-5 * max(g.norm(), norm / 10), name
-    ours, theirs = (policy.logp(PROMPTS, RESPONSES, batch()) for policy in (tree, padded))
+    ours, theirs = (policy.logp(PACK, batch()) for policy in (tree, padded))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
@@ -91,19 +93,19 @@ def test_the_frozen_head_makes_no_weight_gradient(small, monkeypatch):
     assert made and all(needs == (True, False, False) and not weight for needs, weight in made)
     made.clear()
     policy = Policy(copy.deepcopy(small[0]), 0, "tree")
-    policy.loss(PROMPTS, RESPONSES, batch(), Objective())[0].backward()
+    policy.loss(PACK, batch(), Objective())[0].backward()
     assert made and all(needs == (True, True, False) and weight for needs, weight in made)
 
 
 @pytest.mark.parametrize("layout", ["tree", "padded"])
 def test_the_reference_is_the_model_without_its_adapters(small, layout):
     policy, base = Policy(adapted(small), 0, layout), Policy(copy.deepcopy(small[0]), 0, layout)
-    now = policy.logp(PROMPTS, RESPONSES, batch())
+    now = policy.logp(PACK, batch())
     with policy.without_adapter():
-        reference = policy.logp(PROMPTS, RESPONSES, batch())
-    assert torch.equal(reference, base.logp(PROMPTS, RESPONSES, batch()))
+        reference = policy.logp(PACK, batch())
+    assert torch.equal(reference, base.logp(PACK, batch()))
     assert (now - reference).abs().max() > 1e-2
-    assert torch.equal(policy.logp(PROMPTS, RESPONSES, batch()), now)
+    assert torch.equal(policy.logp(PACK, batch()), now)
     gradients(policy)  # adapters are trainable as before
     with pytest.raises(ValueError, match="adapters"), base.without_adapter():
         pass
@@ -230,10 +232,10 @@ def test_a_critic_shares_the_frozen_weights_alone(small):
     for name, parameter in critic.model.named_parameters():
         assert (parameter is own[name]) != ("lora_" in name) and torch.equal(parameter, own[name])
     torch.nn.init.ones_(critic.head.weight)
-    before, loss = gradients(policy)[0], critic(PROMPTS, RESPONSES).square().sum()
+    before, loss = gradients(policy)[0], critic(PACK).square().sum()
     loss.backward()
     critic.step(0.1)
-    assert critic(PROMPTS, RESPONSES).square().sum() != loss and gradients(policy)[0] == before
+    assert critic(PACK).square().sum() != loss and gradients(policy)[0] == before
 
 
 @pytest.mark.parametrize("method", ["grpo", "ppo"])

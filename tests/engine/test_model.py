@@ -145,6 +145,7 @@ def test_another_kind_of_model(small, tmp_path):
 
 def test_padding_with_the_end_token_hides_no_end(small, stored):
     """A tokenizer without pad token: the same rollout, end tokens, lengths and losses as with one."""
+    from rlcore.engine.packs import Pack
     from rlcore.engine.policy import Policy
     from rlcore.ops.policy_loss import Objective
 
@@ -169,13 +170,14 @@ def test_padding_with_the_end_token_hides_no_end(small, stored):
 
     losses = []
     batch = dataclasses.replace(own.batch, advantage=torch.linspace(-1, 1, own.batch.N))
+    pack = Pack(own.prompts, own.responses, batch.device)
     for pad in (tokenizer.pad_token_id, small[1].pad_token_id):
         policy = Policy(model, pad, "padded")
         model.zero_grad()
-        loss, _ = policy.loss(own.prompts, own.responses, batch, Objective())
+        loss, _ = policy.loss(pack, batch, Objective())
         loss.backward()
         losses.append((loss.detach(), model.model.layers[0].mlp.up_proj.weight.grad.clone()))
-        torch.testing.assert_close(policy.logp(own.prompts, own.responses, batch), own.model_logp, rtol=0, atol=5e-5)
+        torch.testing.assert_close(policy.logp(pack, batch), own.model_logp, rtol=0, atol=5e-5)
     assert torch.equal(losses[0][0], losses[1][0]) and torch.equal(losses[0][1], losses[1][1])
 
 

@@ -7,8 +7,10 @@ import copy
 import pytest
 import torch
 
+import rlcore as rl
 from rlcore.engine.errors import UserError
-from rlcore.engine.policy import Policy, answer_tree
+from rlcore.engine.packs import Pack
+from rlcore.engine.policy import Policy
 from rlcore.engine.rollout import take
 from rlcore.layout import TokenBatch
 from rlcore.methods import methods
@@ -16,6 +18,7 @@ from rlcore.ops.policy_loss import KL, Objective
 
 PROMPTS = [[5, 6, 7, 8], [5, 6, 9], [30], [5, 6, 7, 8, 40, 41, 42, 43, 44]]
 RESPONSES = [[[11, 12, 1], [11, 12, 1], [11, 13, 14, 1]], [[1], [20, 21]], [[31, 32, 33, 34, 35, 1]], [[11, 1], [12]]]
+PACK = Pack(PROMPTS, RESPONSES, torch.device("cpu"))
 
 
 def ragged_batch(with_old: bool = True) -> TokenBatch:
@@ -33,7 +36,7 @@ def ragged_batch(with_old: bool = True) -> TokenBatch:
 
 def loss_and_gradients(policy: Policy, objective: Objective):
     policy.model.zero_grad()
-    loss, metrics = policy.loss(PROMPTS, RESPONSES, ragged_batch(), objective)
+    loss, metrics = policy.loss(PACK, ragged_batch(), objective)
     loss.backward()
     return loss.detach(), metrics, {name: p.grad.clone() for name, p in policy.model.named_parameters()}
 
@@ -63,12 +66,12 @@ def test_tree_update_equals_padded_update(both, key):
 
 
 def test_log_probs_of_both_layouts(both):
-    tree, padded = (policy.logp(PROMPTS, RESPONSES, ragged_batch()) for policy in both)
+    tree, padded = (policy.logp(PACK, ragged_batch()) for policy in both)
     torch.testing.assert_close(tree, padded, rtol=0, atol=1e-5)
 
 
 def test_tree_shares_prompts_and_beginnings():
-    tree = answer_tree(PROMPTS, RESPONSES, torch.device("cpu"))
+    tree = PACK.tree
     batch = ragged_batch()
     assert torch.equal(tree.target, batch.target)
     assert torch.equal(tree.offsets, batch.offsets)
@@ -83,11 +86,17 @@ def test_micro_batches_sum_to_the_minibatch(both):
     whole, _, expected = loss_and_gradients(policy, objective)
     policy.model.zero_grad()
     total = torch.zeros(())
-    parts = ragged_batch().split(5, by="group")
-    assert len(parts) > 1
-    for micro in parts:
-        groups = sorted(set(micro.group.tolist()))
-        loss, _ = policy.loss([PROMPTS[g] for g in groups], [RESPONSES[g] for g in groups], micro, objective)
+    batch = ragged_batch()
+    owner = [g for g, answers in enumerate(RESPONSES) for _ in answers]
+    parts = rl.pack_groups([len(p) for p in PROMPTS], [[len(r) for r in answers] for answers in RESPONSES], 13)
+    # The first group goes in two parts, one of them together with the second group.
+    assert parts == [[0, 2], [1, 3, 4], [5], [6, 7]]
+    answers = [answer for group in RESPONSES for answer in group]
+    for part in parts:
+        groups = sorted({owner[s] for s in part})
+        responses = [[answers[s] for s in part if owner[s] == g] for g in groups]
+        pack = Pack([PROMPTS[g] for g in groups], responses, batch.device)
+        loss, _ = policy.loss(pack, batch.take(part), objective)
         loss.backward()
         total += loss.detach()
     torch.testing.assert_close(total, whole, rtol=1e-5, atol=1e-7)
@@ -116,7 +125,7 @@ def test_a_model_that_trees_do_not_fit_runs_padded_and_says_why(small):
     model = GPT2LMHeadModel(shape).train()
     policy = Policy(model, 0)
     assert policy.layout == "padded" and "dropout" in policy.why_padded
-    loss, _ = policy.loss(PROMPTS, RESPONSES, ragged_batch(), Objective())
+    loss, _ = policy.loss(PACK, ragged_batch(), Objective())
     loss.backward()
     with pytest.raises(UserError, match="layout"):
         Policy(model, 0, "tree")

@@ -15,6 +15,7 @@ from rlcore.engine.config import ModelConfig, RolloutConfig
 from rlcore.engine.errors import UserError
 from rlcore.engine.logging import read
 from rlcore.engine.model import prepare
+from rlcore.engine.packs import Pack
 from rlcore.engine.policy import Policy
 from rlcore.engine.precision import Float32Head, compute_in_bfloat16, numerics
 from rlcore.engine.rollout import roll_out
@@ -43,7 +44,7 @@ def test_sampler_and_trainer_agree_in_bfloat16(small, layout, share):
     policy = Policy(model, 0, layout)
     assert policy.layout == layout, policy.why_padded
     out = rolled_out(small, model)
-    args = out.prompts, out.responses, out.batch
+    args = Pack(out.prompts, out.responses, out.batch.device), out.batch
     logp = policy.logp(*args)
     assert logp.dtype == out.model_logp.dtype == torch.float32
     rounding = (exact.logp(*args) - logp).abs()
@@ -76,7 +77,7 @@ def test_bfloat16_gradients_are_those_of_the_loss(small, layout):
     out = rolled_out(small, small[0])
     found = []
     for policy in (exact, Policy(rounded, 0, layout)):
-        loss, _ = policy.loss(out.prompts, out.responses, out.batch, Objective())
+        loss, _ = policy.loss(Pack(out.prompts, out.responses, out.batch.device), out.batch, Objective())
         assert loss.dtype == torch.float32
         loss.backward()
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in policy.model.parameters())
@@ -106,7 +107,7 @@ def test_checkpointing_changes_neither_loss_nor_gradients(small, layout, adapter
         plain = lora.add(plain, ModelConfig(lora_rank=4), 0)
     checkpointed = prepare(copy.deepcopy(plain), tiny(model__gradient_checkpointing=True))
     out = rolled_out(small, checkpointed)  # evaluation mode: sampling goes through the KV cache as before
-    results = []
+    pack, results = Pack(out.prompts, out.responses, out.batch.device), []
     for policy in (Policy(plain, 0, layout), Policy(checkpointed, 0, layout)):
         assert policy.layout == layout, policy.why_padded
         runs: list[int] = []
@@ -115,12 +116,12 @@ def test_checkpointing_changes_neither_loss_nor_gradients(small, layout, adapter
             for module in policy.model.modules()
             if type(module).__name__ == "Qwen3MLP"
         ]
-        loss, _ = policy.loss(out.prompts, out.responses, out.batch, Objective())
+        loss, _ = policy.loss(pack, out.batch, Objective())
         loss.backward()
         for hook in hooks:
             hook.remove()
         gradients = {name: p.grad for name, p in policy.model.named_parameters() if p.requires_grad}
-        results.append((loss.detach(), gradients, len(runs), policy.logp(out.prompts, out.responses, out.batch)))
+        results.append((loss.detach(), gradients, len(runs), policy.logp(pack, out.batch)))
         assert not any(module.training for module in policy.model.modules())
     (loss, grads, runs, logp), (again, found, twice, logp_again) = results
     assert torch.equal(loss, again) and torch.equal(logp, logp_again)

@@ -33,12 +33,12 @@ def test_answers_of_the_warm_start_begin_with_no_special_token(small, tiny):
     from tokenizers.processors import TemplateProcessing
 
     tokenizer, config = copy.deepcopy(small[1]), tiny()
-    plain = supervised(tokenizer, small[2], 0, config, torch.device("cpu"))
+    plain, given = supervised(tokenizer, small[2], 0, config, torch.device("cpu"))
     begin = ("<unk>", tokenizer.unk_token_id)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<unk> $A", None, [begin])
-    prompts, answers, batch = supervised(tokenizer, small[2], 0, config, torch.device("cpu"))
-    assert prompts == [[begin[1], *prompt] for prompt in plain[0]]
-    assert answers == plain[1] and torch.equal(batch.target, plain[2].target)
+    pack, batch = supervised(tokenizer, small[2], 0, config, torch.device("cpu"))
+    assert pack.prompts == [[begin[1], *prompt] for prompt in plain.prompts]
+    assert pack.responses == plain.responses and torch.equal(batch.target, given.target)
 
 
 def test_warm_start_sees_training_questions_only(small, tiny):
@@ -46,8 +46,8 @@ def test_warm_start_sees_training_questions_only(small, tiny):
     config = tiny()
     held_out = {tuple(ids) for ids in encode(tokenizer, [problem.prompt for problem in task.held_out])}
     for step in range(60):
-        prompts, _, _ = supervised(tokenizer, task, step, config, "cpu")
-        assert not held_out & {tuple(ids) for ids in prompts}
+        pack, _ = supervised(tokenizer, task, step, config, torch.device("cpu"))
+        assert not held_out & {tuple(ids) for ids in pack.prompts}
 
 
 def test_seeds_shift_the_same_items():

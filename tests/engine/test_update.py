@@ -17,6 +17,7 @@ from rlcore.engine.config import Config, CriticConfig, UpdateConfig
 from rlcore.engine.critic import Critic, explained_variance
 from rlcore.engine.errors import Interrupted, UserError
 from rlcore.engine.logging import RunLog
+from rlcore.engine.packs import Pack, minibatch_of
 from rlcore.engine.policy import Policy
 from rlcore.engine.reference import Reference
 from rlcore.engine.resolve import with_keys
@@ -30,6 +31,7 @@ from rlcore.methods import methods
 
 PROMPTS = [[5, 6, 7, 8], [5, 6, 9]]
 RESPONSES = [[[11, 12, 1], [13, 1]], [[20, 21, 22, 1]]]
+PACK = Pack(PROMPTS, RESPONSES, torch.device("cpu"))
 
 
 def run_of(config: Config) -> Path:
@@ -102,12 +104,12 @@ def test_critic_learns_a_known_value(small, layout):
     target = torch.tensor([t for group in RESPONSES for answer in group for t in answer])
     batch = TokenBatch(target, torch.tensor([0, 3, 5, 9]), returns=returns)
     before = [p.detach().clone() for p in policy.model.parameters()]
-    assert not critic(PROMPTS, RESPONSES).any()
+    assert not critic(PACK).any()
     for _ in range(80):
-        loss, _ = critic.loss(PROMPTS, RESPONSES, batch)
+        loss, _ = critic.loss(PACK, batch)
         loss.backward()
         assert critic.step(3e-3) > 0
-    value = critic(PROMPTS, RESPONSES).detach()
+    value = critic(PACK).detach()
     # The first rows of answers 0 and 1 are one state, whose value can only be the mean of both returns.
     torch.testing.assert_close(value[[0, 3]], torch.tensor([-0.25, -0.25]), atol=0.1, rtol=0)
     assert abs(value[0] - value[3]) < 1e-4
@@ -122,7 +124,7 @@ def test_values_of_both_layouts(small):
     for layout in ("tree", "padded"):
         critic = Critic(Policy(small[0], 0, layout), CriticConfig(), UpdateConfig())
         torch.nn.init.constant_(critic.head.weight, 0.1)
-        values.append(critic(PROMPTS, RESPONSES).detach())
+        values.append(critic(PACK).detach())
     assert values[0].std() > 0.01
     torch.testing.assert_close(*values, rtol=0, atol=1e-5)
 
@@ -138,7 +140,7 @@ def test_a_critic_has_no_head_of_words(small):
         critic = Critic(Policy(model, 0, layout), CriticConfig(), UpdateConfig())
         words = [name for name, p in critic.named_parameters() if p.shape == model.lm_head.weight.shape]
         assert words == ["model.model.embed_tokens.weight"]
-        assert critic(PROMPTS, RESPONSES).shape == (9,)
+        assert critic(PACK).shape == (9,)
     assert model.get_output_embeddings().weight.shape[0] == len(small[1])
 
 
@@ -155,7 +157,7 @@ def test_explained_variance_is_that_of_the_tokens_that_count(started):
     rollout = dataclasses.replace(rollout, finished=torch.arange(18) % 2 == 0)
     torch.nn.init.normal_(learner.critic.head.weight, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        batch, metrics = learner.with_advantage(learner.with_scores(rollout)[0], reward)
+        batch, metrics = learner.with_advantage(learner.with_scores(rollout, learner.deal(rollout, 1, 0))[0], reward)
     value, returns = batch.value[batch.mask].double(), batch.returns[batch.mask].double()
     expected = 1 - ((returns - value).var() / returns.var()).item()
     assert not batch.mask.all() and metrics["critic/explained_variance"] == pytest.approx(expected, rel=1e-4)
@@ -219,7 +221,7 @@ def test_kl_in_the_reward(started, small, kind):
     keys = {"kl.place": "reward", "kl.coef": 0.3, "kl.kind": kind}
     for method in ("rloo", "reinforce_pp"):
         learner, rollout, reward = started(method, other_model(small), **keys)
-        scored, _ = learner.with_scores(rollout)
+        scored, _ = learner.with_scores(rollout, learner.deal(rollout, 1, 0))
         batch, metrics = learner.with_advantage(scored, reward)
         x = batch.old_logp - batch.ref_logp
         assert x.abs().max() > 0.1
@@ -308,7 +310,7 @@ def test_what_does_not_go_together_is_named(keys, named):
 def test_overlong_penalty_and_filter(started):
     keys = {"rollout.overlong_buffer": 0.4, "rollout.overlong_penalty": 2.0, "rollout.overlong_filter": True}
     learner, rollout, reward = started("rloo", **keys)
-    batch, metrics = learner.with_advantage(learner.with_scores(rollout)[0], reward)
+    batch, metrics = learner.with_advantage(learner.with_scores(rollout, learner.deal(rollout, 1, 0))[0], reward)
     lengths = batch.lengths()
     penalty = torch.tensor([{4: -1.0, 5: -2.0}.get(n, 0.0) for n in lengths.tolist()])
     assert metrics["overlong_penalty"] == pytest.approx(penalty.mean().item()) and penalty.any()
@@ -337,6 +339,60 @@ def test_micro_batches_change_nothing(started, method):
     start = torch.cat([p.detach().reshape(-1) for p in started(method)[0].policy.model.parameters()])
     moved = (weights[0] - start).norm()
     assert moved > 0 and (weights[0] - weights[1]).norm() < 0.02 * moved
+
+
+@pytest.mark.parametrize("layout", ["tree", "padded"])
+def test_packs_of_a_minibatch(started, layout):
+    """Every answer once, with its own prompt, in packs under the budget; prompts count as the layout holds them."""
+    rollout, most = started()[1], 60
+    sequences, packs = minibatch_of(rollout, [1, 2, 4, 5], UpdateConfig(micro_tokens=most), layout, False)
+    assert sequences.tolist() == [3, 4, 5, 6, 7, 8, 12, 13, 14, 15, 16, 17]
+    answers = [answer for group in rollout.responses for answer in group]
+    seen = []
+    for chosen, pack in packs:
+        own = sequences[chosen].tolist()
+        assert pack.pairs == [(rollout.prompts[s // 3], answers[s]) for s in own]
+        once = pack.prompts if layout == "tree" else [prompt for prompt, _ in pack.pairs]
+        assert sum(map(len, once)) + sum(len(answers[s]) for s in own) <= most
+        assert pack.tree is pack.tree and torch.equal(pack.tree.target, rollout.batch.take(own).target)
+        seen += own
+    assert sorted(seen) == sequences.tolist() and len(packs) > 1
+
+
+def test_scores_come_back_in_the_order_of_the_rollout(started, small):
+    """However the answers were dealt and packed, every token has the log-prob and the value of its own answer."""
+    found = []
+    for keys in ({"update.micro_tokens": 45, "update.minibatches": 3}, {"update.minibatches": 1}):
+        learner, rollout, _ = started("ppo", other_model(small), **{"kl.place": "loss", **keys})
+        torch.nn.init.normal_(learner.critic.head.weight, generator=torch.Generator().manual_seed(0))
+        dealt = learner.deal(rollout, 1, 0)
+        batch, entropy = learner.with_scores(rollout, dealt)
+        assert torch.equal(batch.target, rollout.batch.target)
+        found.append(torch.stack([batch.old_logp, batch.ref_logp, batch.value, entropy]))
+        packs = [pack for _, own in dealt for _, pack in own]
+    assert len(packs) == 1 and found[0].std(dim=1).min() > 1e-3
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[1][0], rollout.model_logp, rtol=0, atol=1e-4)
+
+
+def test_the_first_pass_learns_on_the_trees_that_were_scored(started, small, monkeypatch):
+    """Old and reference log-probs, values and losses of the first pass share one tree per pack."""
+    from rlcore.prefix_tree import PrefixTree
+
+    made: list = []
+    build = PrefixTree.from_paths
+
+    def counted(*arguments, **options):
+        made.append(1)
+        return build(*arguments, **options)
+
+    monkeypatch.setattr(PrefixTree, "from_paths", counted)
+    keys = {"kl.place": "loss", "update.minibatches": 2, "update.epochs": 2, "update.micro_tokens": 45}
+    learner, rollout, reward = started("ppo", other_model(small), **keys)
+    packs = [len(own) for epoch in (0, 1) for _, own in learner.deal(rollout, 1, epoch)]
+    made.clear()
+    learner.learn(rollout, reward, 1, Stopwatch())
+    assert len(made) == sum(packs) > 4
 
 
 def test_stopwatch_accounts_for_the_whole():
