@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from rlcore.algorithms import vocab_head_chunks as chunks
-from rlcore.algorithms import vocab_head_products as products
+from rlcore.algorithms import vocab_head_tiles as tiles
 from rlcore.algorithms.vocab_head import LogProbs
 from rlcore.algorithms.vocab_head_chunks import Coefficients, RowStatistics, Scale
 from rlcore.algorithms.vocab_head_inputs import (
@@ -100,16 +100,15 @@ class VocabParallelLogprob(Function):
         d_logp = torch.zeros_like(stats[2]) if d_logp is None else d_logp
         needs = ctx.needs_input_grad[:3]
         with no_autocast(hidden):
-            gradients = products.HeadGradients(hidden, weight, needs, logit_scale.dtype)
-            chunks.backward_chunks(
+            d_hidden, d_weight, d_bias = tiles.backward(
                 hidden, weight, target - ctx.first, mask, Scale(temperature, softcap, logit_scale, bias),
-                RowStatistics(*stats), Coefficients(d_logp, d_entropy), gradients, passes=row_passes(hidden),
+                RowStatistics(*stats), Coefficients(d_logp, d_entropy), needs, passes=row_passes(hidden),
                 chunk_bytes=ctx.chunk_bytes,
             )  # fmt: skip
-        d_hidden = gradients.hidden.to(logit_scale.dtype)
+        d_hidden = d_hidden.to(logit_scale.dtype)
         if needs[0]:
             dist.all_reduce(d_hidden, group=ctx.group)
-        return (*as_given(d_hidden, gradients.weight, gradients.bias, needs, ctx.dtypes), *nothing)
+        return (*as_given(d_hidden, d_weight, d_bias, needs, ctx.dtypes), *nothing)
 
 
 def merged(own: RowStatistics, target: Tensor, first: int, size: int, group: dist.ProcessGroup | None) -> RowStatistics:

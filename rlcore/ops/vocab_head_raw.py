@@ -1,8 +1,9 @@
 """The raw passes of the vocabulary head as torch custom ops: forward and backward, without an autograd formula.
 
 Rows are flat: hidden [N, H], target and mask [N], temperature 0-d or [N]. Numbers are tensors, so that no value is a
-constant of a compiled graph. Gradients come back in the statistics' dtype (float32 or float64; d hidden of a bfloat16
-head on a GPU in bfloat16), empty where not needed. `chunk_bytes` bounds the logits held at once.
+constant of a compiled graph. Gradients come back in the statistics' dtype (float32 or float64; on a GPU d hidden of a
+bfloat16 head in bfloat16, d weight by recompute in the weight's), empty where not needed. `chunk_bytes` bounds the
+logits held at once.
 An autograd formula on an op that returns d weight copies it; differentiation is in `vocab_head_autograd`.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from rlcore.algorithms import vocab_head as algorithm
 from rlcore.algorithms import vocab_head_chunks as chunks
 from rlcore.algorithms import vocab_head_products as products
+from rlcore.algorithms import vocab_head_tiles as tiles
 from rlcore.algorithms.objective import lookup
 from rlcore.algorithms.policy_loss import metric_names
 from rlcore.algorithms.vocab_head_chunks import Coefficients, RowStatistics, Scale
@@ -96,24 +98,26 @@ def linear_logprob_backward(
     """6NHV over the rows that have a coefficient: (d_hidden [N, H], the slices of d_weight [V, H], d_bias [V])."""
     with no_autocast(hidden):
         scale = Scale(temperature, softcap, logit_scale, bias)
-        gradients = products.HeadGradients(hidden, weight, (needs[0], needs[1], needs[2]), logit_scale.dtype)
-        chunks.backward_chunks(
+        d_hidden, d_weight, d_bias = tiles.backward(
             hidden, weight, target.long(), mask, scale, RowStatistics(*statistics),
-            Coefficients(d_logp, d_entropy), gradients, passes=row_passes(hidden), chunk_bytes=chunk_bytes,
+            Coefficients(d_logp, d_entropy), needs, passes=row_passes(hidden), chunk_bytes=chunk_bytes,
         )  # fmt: skip
-    return gradients.hidden, gradients.weight, gradients.bias
+    return d_hidden.to(products.hidden_gradient_dtype(weight, logit_scale.dtype)), d_weight, d_bias
 
 
 def empty_hidden_gradient(hidden: Tensor, weight: Tensor, like: Tensor) -> Tensor:
     return like.new_empty(hidden.shape, dtype=products.hidden_gradient_dtype(weight, like.dtype))
 
 
-def empty_gradients(hidden: Tensor, weight: Tensor, like: Tensor, needs: Sequence[bool]) -> Gradients:
+def empty_gradients(
+    hidden: Tensor, weight: Tensor, like: Tensor, needs: Sequence[bool], dtype: torch.dtype
+) -> Gradients:
+    """d weight of a given dtype."""
     V, H = weight.shape
     slices = products.gradient_slices(weight, like.dtype) if needs[1] else []
     return (
         empty_hidden_gradient(hidden[: None if needs[0] else 0], weight, like),
-        [like.new_empty((s.stop - s.start, H)) for s in slices],
+        [like.new_empty((s.stop - s.start, H), dtype=dtype) for s in slices],
         like.new_empty((V if needs[2] else 0,)),
     )
 
@@ -134,7 +138,8 @@ def _(
     needs: Sequence[bool],
     chunk_bytes: int | None = None,
 ) -> Gradients:
-    return empty_gradients(hidden, weight, logit_scale, needs)
+    dtype = tiles.weight_gradient_dtype(weight, logit_scale.dtype)
+    return empty_gradients(hidden, weight, logit_scale, needs, dtype)
 
 
 @torch.library.custom_op("rlcore::linear_logprob_frozen", mutates_args=())
@@ -224,7 +229,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
     rows = TokenBatch.from_tensors(list(batch), prepared=prepared)
     names = metric_names(rows, lookup(objective, numbers), entropy=True)
-    gradients = empty_gradients(hidden, weight, logit_scale, needs)
+    gradients = empty_gradients(hidden, weight, logit_scale, needs, logit_scale.dtype)
     return logit_scale.new_empty(()), logit_scale.new_empty(len(names)), *gradients
 
 

@@ -8,6 +8,7 @@ from vocab_head_cases import check_forward, check_gradients, coefficients, gradi
 
 from rlcore.algorithms import vocab_head_chunks as chunks
 from rlcore.algorithms import vocab_head_products as products
+from rlcore.algorithms import vocab_head_tiles as tiles
 from rlcore.algorithms.objective import Objective
 from rlcore.layout import TokenBatch
 from rlcore.ops.vocab_head import linear_logprob, linear_policy_loss
@@ -21,7 +22,8 @@ def as_on_a_gpu(monkeypatch):
     def wide(a, b, out):
         seen.append((a.dtype, b.dtype, out.dtype))
         assert a.dtype == b.dtype
-        return a.to(torch.float32) @ b.to(torch.float32)
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        return a.to(dtype) @ b.to(dtype)
 
     monkeypatch.setattr(products, "keeps_float32", lambda x: x.dtype == torch.bfloat16)
     monkeypatch.setattr(products, "multiply", lambda a, b, out: out.copy_(wide(a, b, out)))
@@ -88,6 +90,24 @@ def test_budgets_that_are_none(budget, error):
     case = make()
     with pytest.raises(error, match="chunk_bytes"):
         linear_logprob(case.hidden, case.weight, case.target, chunk_bytes=budget)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [123, 50, 1])
+def test_gradients_by_tiles_of_the_vocabulary(as_on_a_gpu, dtype, columns):
+    """As on a GPU where rows are fewer than entries; d weight leaves the product in its own dtype."""
+    case = make("peaked", "rows", dtype, masked=0.2).fresh()
+    assert tiles.by_tiles(case.hidden, case.weight)
+    out = linear_logprob(case.hidden, case.weight, case.target, entropy=True,
+                         chunk_bytes=47 * columns * (8 if dtype == torch.float64 else 4), **case.kwargs())  # fmt: skip
+    check_gradients(case, gradients_of(*out, case.leaves, *coefficients(case)))
+
+
+def test_rows_more_than_entries_go_by_chunks(as_on_a_gpu):
+    case = make("random", "bias", shape=(150,)).fresh()
+    out = linear_logprob(case.hidden, case.weight, case.target, case.bias, entropy=True, chunk_bytes=40 * 123 * 4,
+                         **case.numbers())  # fmt: skip
+    check_gradients(case, gradients_of(*out, case.leaves, *coefficients(case)))
 
 
 def test_chunks_of_a_gpu_are_whole_tiles_and_begin_aligned():

@@ -97,6 +97,36 @@ def test_masked_rows_never_matter(device, rows_stay):
             assert torch.equal(a, b) and b.isfinite().all()
 
 
+def test_strided_inputs(device):
+    """Every second row of hidden, labels and temperatures, a transposed weight: as good as compact ones."""
+    case = make("random", "rows", **SMALL)
+    apart = replace(case, hidden=case.hidden.repeat_interleave(2, 0)[::2], target=case.target.repeat_interleave(2)[::2],
+                    weight=case.weight.t().contiguous().t(),
+                    temperature=case.temperature.repeat_interleave(2)[::2])  # fmt: skip
+    assert not apart.hidden.is_contiguous() and not apart.weight.is_contiguous()
+    moved = there(apart, device)
+    with rl.backend("triton"):
+        out = rl.linear_logprob(moved.hidden, moved.weight, moved.target, entropy=True, **moved.kwargs())
+    check_forward(case, out.logp.cpu(), out.entropy.cpu())
+
+
+def test_head_and_policy_loss_compile_whole(device):
+    case = there(make("random", "bias", **SMALL), device).fresh()
+    batch = rl.TokenBatch(case.target, torch.tensor([0, 7], device=device), advantage=torch.randn(7, device=device))
+
+    def loss(hidden, weight, bias):
+        out = rl.linear_logprob(hidden, weight, case.target, bias, entropy=True)
+        return rl.policy_loss(out.logp, batch, rl.Objective(entropy=0.1), out.entropy)[0]
+
+    found = []
+    with rl.backend("triton"):
+        for run in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+            value = run(*case.leaves)
+            found.append([value.detach(), *torch.autograd.grad(value, case.leaves)])
+    for x, y in zip(*found, strict=True):
+        assert torch.equal(x, y)
+
+
 def test_no_rows(device):
     case = make(shape=(0,), H=4, V=40)
     logp, entropy, (d_hidden, d_weight) = run(case, device)
@@ -265,15 +295,18 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU
 def test_nothing_waits_for_the_gpu(dtype):
     case = there(make("peaked", "rows", dtype, masked=0.3), "cuda").fresh()
     d = [x.cuda() for x in coefficients(make())]
+    batch = rl.TokenBatch(case.target, torch.tensor([0, 20, 47]).cuda(), case.mask, advantage=torch.randn(47).cuda())
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         out = rl.linear_logprob(case.hidden, case.weight, case.target, entropy=True, **case.kwargs())
         found = gradients_of(*out, case.leaves, *d)
         scores = rl.logprob(case.hidden @ case.weight.t(), case.target, entropy=True, mask=case.mask)
+        loss, _ = rl.linear_policy_loss(case.hidden, case.weight, batch, rl.Objective(), case.bias, **case.numbers())
+        folded = torch.autograd.grad(loss, case.leaves)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(x.isfinite().all() for x in (*out, *found, *scores))
+    assert all(x.isfinite().all() for x in (*out, *found, *scores, loss, *folded))
 
 
 @on_a_gpu
