@@ -178,8 +178,8 @@ def markdown(here: dict[str, Any], found: Sequence[Measured], peak: dict[str, An
         f"# Prefix trees over (P, S, G)\n\n{facts}. Qwen3 with 4 layers of 256, V 1000, float32. A step is forward, "
         f"loss and backward. The repeated batch runs in micro-batches of at most {MICRO:,} tokens. prefix-grouper: its "
         "step over the tree's, as its documentation uses it; its bound: the same over the least step of a tree, which "
-        "the bound is made of; with our head: its hidden states in our head. FlexAttention: its forward pass over ours, "
-        "one layer, compiled. Bound: see `bench/prefix_grid.py`.\n\n"
+        "the bound is made of; with our head: its hidden states in our head. FlexAttention: its forward pass over "
+        "ours, one layer, compiled. Bound: see `bench/prefix_grid.py`.\n\n"
     )
     lines = ["| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
     lines += ["| " + " | ".join(cells(m)) + " |" for m in found]
@@ -206,8 +206,12 @@ def draw(found: Sequence[Measured], path: Path) -> None:
             panel.plot(x, [m.speedup for m in line], "o", color=colour, markersize=5, label=f"tree, S {S}")
             known = [(at, m.repeated / m.grouper) for at, m in zip(x, line, strict=True) if m.grouper is not None]
             panel.plot(*zip(*known, strict=True) if known else ([], []), "x", color=colour, markersize=5)
-        panel.set(xscale="log", yscale="log", xlabel="P / S", title=f"G = {G}")
-        panel.grid(alpha=0.3, which="both")
+        panel.set(xlabel="P / S", title=f"G = {G}")
+        panel.set_xscale("log", base=4)
+        panel.set_yscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_major_formatter("{x:g}x")
+        panel.grid(alpha=0.3)
     panels[0].set_ylabel("speed-up of a step over the repeated batch")
     panels[0].plot([], [], "x", color="#555555", label="prefix-grouper")
     panels[0].legend(fontsize=7)
