@@ -21,31 +21,60 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def segments() -> dict[str, Case]:
-    from rlcore.kernels import segments as kernels
+    return reductions() | scans()
 
+
+def reductions() -> dict[str, Case]:
+    from rlcore.kernels.segments import segment_reduce
+    from rlcore.kernels.segments_advantage import group_advantage
+    from rlcore.kernels.segments_rank import segment_rank, segment_topk
+
+    rows, long, short = 4096, torch.zeros(5, dtype=torch.int64), torch.zeros(65, dtype=torch.int64)
+    order, mask = torch.zeros(rows, dtype=torch.int64), empty(rows, dtype=torch.bool)
     cases: dict[str, Case] = {}
+
+    def add(kind: str, dtype: torch.dtype, offsets: Tensor, *given: Tensor | None) -> None:
+        name = f"{kind} {str(dtype).removeprefix('torch.')} {'short' if offsets is short else 'long'}"
+        x = empty(rows, dtype=dtype)
+        cases[name + (" full" if given else "")] = lambda: segment_reduce(kind, x, offsets, *given)
+
+    for kind in ("sum", "mean", "std", "min", "max", "count"):
+        add(kind, torch.float32, long, order, mask)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        for masked in (False, True):
-            label = f"sum {str(dtype).removeprefix('torch.')}{' masked' if masked else ''}"
-            mask = empty(4096, dtype=torch.bool) if masked else None
-            x, offsets = empty(4096, dtype=dtype), torch.zeros(9, dtype=torch.int64)
-            cases[label] = lambda x=x, offsets=offsets, mask=mask: kernels.segment_sum_count(x, offsets, mask)
-    return cases | scans()
+        add("sum", dtype, long)
+        add("std", dtype, short, order, mask)
+    add("scope", torch.float32, long, order, mask, empty(rows))
+    for name, x in (("float32", empty(rows)), ("bfloat16", empty(rows, dtype=torch.bfloat16))):
+        cases[f"rank {name}"] = lambda x=x: segment_rank(x, long)
+        cases[f"topk {name} full"] = lambda x=x: segment_topk(x, 3, long, order, mask)
+    reward = empty(rows)
+    for center, scale in (("group", "group"), ("leave_one_out", "none"), ("batch", "batch"), ("none", "batch")):
+        cases[f"advantage {center} {scale}"] = lambda center=center, scale=scale: group_advantage(
+            reward, order, center, scale, False, 1.0, 1e-6, reward, mask, torch.float32
+        )
+    return cases
 
 
 def scans() -> dict[str, Case]:
+    from rlcore.kernels.segments_linear import linear_scan
     from rlcore.kernels.segments_scan import reverse_scan
 
-    def case(kind: str, inputs: int, sequences: int, dtype: torch.dtype, full: bool) -> Case:
-        xs = tuple(empty(4096, dtype=dtype) for _ in range(inputs))
-        offsets, mask = torch.zeros(sequences + 1, dtype=torch.int64), empty(4096, dtype=torch.bool)
+    def case(kind: str, inputs: int, sequences: int, dtype: torch.dtype, full: bool, rows: int = 4096) -> Case:
+        xs = tuple(empty(rows, dtype=dtype) for _ in range(inputs))
+        offsets, mask = torch.zeros(sequences + 1, dtype=torch.int64), empty(rows, dtype=torch.bool)
         rest = (mask, empty(sequences), xs[0], xs[0]) if full else (None, None, 0.9, 0.9)
         return lambda: reverse_scan(kind, xs, sequences, offsets if full else None, *rest)
 
     cases = {}
     for kind, inputs in (("return", 1), ("gae", 2), ("vtrace", 3)):
-        cases[f"{kind} long full"] = case(kind, inputs, 4, torch.float32, True)
-    cases["gae short"] = case("gae", 2, 64, torch.float32, False)
+        for name, sequences, rows in (("short", 64, 4096), ("long", 4, 4096), ("parts", 4, 1 << 18)):
+            cases[f"{kind} {name} full"] = case(kind, inputs, sequences, torch.float32, True, rows)
+    cases["gae long"] = case("gae", 2, 4, torch.float32, False)
+    for dtype in (torch.bfloat16, torch.float16):
+        cases[f"gae long full {str(dtype).removeprefix('torch.')}"] = case("gae", 2, 4, dtype, True)
+    for dtype in (torch.float64, torch.float32):
+        x, last = empty(4096, dtype=dtype), empty(4096, dtype=torch.bool)
+        cases[f"linear {str(dtype).removeprefix('torch.')}"] = lambda x=x, last=last: linear_scan(x, x, last)
     return cases
 
 
@@ -144,7 +173,8 @@ FAMILIES = {
     "vocab_head": vocab_head(),
 }
 QUICK = {
-    "segments": ["sum float32 masked", "vtrace long full"],
+    "segments": ["scope float32 long full", "topk bfloat16 full", "advantage leave_one_out none", "vtrace parts full",
+                 "linear float64"],
     "prefix_attention": ["bfloat16 head size 128"],
     "policy_loss": ["sequence ppo full"],
     "vocab_head": ["statistics float32 bias softcap entropy", "gradient float32 to bfloat16 entropy",

@@ -1,10 +1,10 @@
 """The segments family with its backends: the functions of `rlcore.algorithms.segments`, on the fastest code there is.
 
-Eagerly on the CPU, where nothing asks for a gradient, each of them is one C++ call (`segments_native`); on CUDA the
-reverse scans are one launch each then (`segments_triton`). Where a gradient is asked for, or torch.compile traces, two
+Eagerly, where nothing asks for a gradient, each of them is one C++ call on the CPU (`segments_native`) and one to a few
+launches on a GPU (`segments_triton`). Where a gradient is asked for, or torch.compile traces, two
 have forms of their own: `segment_sum` over offsets (and `segment_mean` made of it) runs in C++ on the CPU and in Triton
-on CUDA, and the reverse scan is one custom op, which torch.compile does not look into, so that a new length never
-recompiles; its gradient is another reverse scan. The rest is plain torch, as all of them are inside
+on CUDA, and the reverse scan is one custom op in C++ or Triton, whose gradient is another reverse scan. torch.compile
+looks into neither, so that a new length never recompiles. The rest is plain torch, as all of them are inside
 `rl.backend("reference")`.
 """
 
@@ -46,6 +46,11 @@ __all__ = [
 ]
 
 
+def _rows_of(*arguments: Any) -> native.Rows | triton.Rows | None:
+    """The arguments of a reduction for C++ or Triton; None where they are for the reference."""
+    return native.rows_of(*arguments) or triton.rows_of(*arguments)
+
+
 # ---- segment sums over offsets
 
 
@@ -66,9 +71,9 @@ def _segment_sum(x: Tensor, offsets: Tensor, mask: Tensor | None, requested: str
     """The raw sum of each segment of x [N]: no gradient, no checks. `requested` is the backend, "" for the fastest."""
     dtype = result_dtype(x)
     if backend.runs_triton(x, requested):
-        from rlcore.kernels.segments import segment_sum_count  # imports triton: only where it is used
+        from rlcore.kernels.segments import segment_reduce  # imports triton: only where it is used
 
-        return segment_sum_count(x, offsets, mask)[0]
+        return segment_reduce("sum", x, offsets, mask=mask)
     if requested in ("", "native") and x.device.type == "cpu" and backend.native() is not None:
         x = x.to(dtype)
         return _native_sum(x if mask is None else x.masked_fill(~mask, 0.0), offsets)
@@ -104,7 +109,7 @@ def segment_sum(
     num_segments: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    if offsets is None and (rows := native.rows_of(x, ids, offsets, num_segments, mask)) is not None:
+    if offsets is None and (rows := _rows_of(x, ids, offsets, num_segments, mask)) is not None:
         return rows.reduce("sum")
     if backend.requested() == "reference" or offsets is None or ids is not None or num_segments is not None:
         return reference.segment_sum(x, ids, offsets=offsets, num_segments=num_segments, mask=mask)
@@ -121,7 +126,7 @@ def segment_mean(
     num_segments: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    if (rows := native.rows_of(x, ids, offsets, num_segments, mask)) is not None:
+    if (rows := _rows_of(x, ids, offsets, num_segments, mask)) is not None:
         return rows.reduce("mean")
     if backend.requested() == "reference" or offsets is None or ids is not None or num_segments is not None:
         return reference.segment_mean(x, ids, offsets=offsets, num_segments=num_segments, mask=mask)
@@ -141,7 +146,7 @@ def segment_std(
     mask: Tensor | None = None,
     ddof: int = 1,
 ) -> Tensor:
-    if (rows := native.rows_of(x, ids, offsets, num_segments, mask)) is not None:
+    if (rows := _rows_of(x, ids, offsets, num_segments, mask)) is not None:
         return rows.reduce("std", ddof)
     return reference.segment_std(x, ids, offsets=offsets, num_segments=num_segments, mask=mask, ddof=ddof)
 
@@ -154,7 +159,7 @@ def segment_min(
     num_segments: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    if (rows := native.rows_of(x, ids, offsets, num_segments, mask)) is not None:
+    if (rows := _rows_of(x, ids, offsets, num_segments, mask)) is not None:
         return rows.reduce("min")
     return reference.segment_min(x, ids, offsets=offsets, num_segments=num_segments, mask=mask)
 
@@ -167,7 +172,7 @@ def segment_max(
     num_segments: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    if (rows := native.rows_of(x, ids, offsets, num_segments, mask)) is not None:
+    if (rows := _rows_of(x, ids, offsets, num_segments, mask)) is not None:
         return rows.reduce("max")
     return reference.segment_max(x, ids, offsets=offsets, num_segments=num_segments, mask=mask)
 
@@ -180,7 +185,7 @@ def segment_count(
     num_segments: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    if (rows := native.rows_of(x.detach(), ids, offsets, num_segments, mask)) is not None:
+    if (rows := _rows_of(x.detach(), ids, offsets, num_segments, mask)) is not None:
         return rows.sizes()
     return reference.segment_count(x, ids, offsets=offsets, num_segments=num_segments, mask=mask)
 
@@ -193,8 +198,8 @@ def segment_rank(
     num_segments: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    if (rows := native.rows_of(x.detach(), ids, offsets, num_segments, mask)) is not None:
-        return rows.rank().reshape(x.shape)
+    if (rows := _rows_of(x.detach(), ids, offsets, num_segments, mask)) and (rank := rows.rank()) is not None:
+        return rank.reshape(x.shape)
     return reference.segment_rank(x, ids, offsets=offsets, num_segments=num_segments, mask=mask)
 
 
@@ -208,8 +213,8 @@ def segment_topk(
     mask: Tensor | None = None,
 ) -> TopK:
     good = isinstance(k, int) and not isinstance(k, bool) and k >= 1
-    if good and (rows := native.rows_of(x, ids, offsets, num_segments, mask)) is not None:
-        return TopK(*rows.topk(k))
+    if good and (rows := _rows_of(x, ids, offsets, num_segments, mask)) and (found := rows.topk(k)) is not None:
+        return TopK(*found)
     return reference.segment_topk(x, k, ids, offsets=offsets, num_segments=num_segments, mask=mask)
 
 
@@ -227,6 +232,8 @@ def group_advantage(
 ) -> Tensor:
     if native.runs(reward, group, weight, mask):
         return native.group_advantage(reward, group, center, scale, ddof, eps, weight, mask, spread)
+    if triton.runs(reward, group, weight, mask):
+        return triton.group_advantage(reward, group, center, scale, ddof, eps, weight, mask, spread)
     if (found := cuda.group_advantage(reward, group, center, scale, ddof, eps, weight, mask, spread)) is not None:
         return found
     return reference.group_advantage(reward, group, center, scale, ddof, eps, weight, mask, spread=spread)
@@ -236,15 +243,23 @@ def group_advantage(
 
 
 @torch.library.custom_op("rlcore::reverse_scan", mutates_args=())
-def _reverse_scan(delta: Tensor, decay: Tensor, last: Tensor, in_cpp: bool = False) -> Tensor:
+def _reverse_scan(
+    delta: Tensor, decay: Tensor, last: Tensor, in_cpp: bool = False, requested: str = "reference"
+) -> Tensor:
     """The raw recurrence y[i] = delta[i] + decay[i] * y[i+1], cut after rows that are `last`. [N] each"""
+    if backend.runs_triton(delta, requested):
+        from rlcore.kernels.segments_linear import linear_scan
+
+        return linear_scan(delta, decay, last)
     if in_cpp and delta.dtype == decay.dtype == torch.float64 and backend.native() is not None:
         return native.linear_scan(delta, decay, last)
     return reference.linear_scan(delta, decay, last)
 
 
 @_reverse_scan.register_fake
-def _(delta: Tensor, decay: Tensor, last: Tensor, in_cpp: bool = False) -> Tensor:
+def _(
+    delta: Tensor, decay: Tensor, last: Tensor, in_cpp: bool = False, requested: str = "reference"
+) -> Tensor:
     return torch.empty_like(delta, memory_format=torch.contiguous_format)
 
 
@@ -255,24 +270,24 @@ class _ReverseScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, delta: Tensor, decay: Tensor, last: Tensor, in_cpp: bool) -> Tensor:
-        y = _reverse_scan(delta, decay, last, in_cpp)
+    def forward(ctx: Any, delta: Tensor, decay: Tensor, last: Tensor, in_cpp: bool, requested: str) -> Tensor:
+        y = _reverse_scan(delta, decay, last, in_cpp, requested)
         ctx.save_for_backward(decay, last, y)
-        ctx.in_cpp = in_cpp
+        ctx.where = in_cpp, requested
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:  # type: ignore[override]
         decay, last, y = ctx.saved_tensors
         n = decay.shape[0]
         # The row before i in time comes after it in the reversed order, and carries the decay of its own row.
         before = torch.cat((decay.new_zeros(1), decay[:-1]))[:n]
         first = torch.cat((last.new_ones(1), last[:-1]))[:n]
-        g = _ReverseScan.apply(grad.flip(0), before.flip(0), first.flip(0), ctx.in_cpp).flip(0)
+        g = _ReverseScan.apply(grad.flip(0), before.flip(0), first.flip(0), *ctx.where).flip(0)
         if not ctx.needs_input_grad[1]:
-            return g, None, None, None
+            return g, None, None, None, None
         after = torch.cat((y[1:], y.new_zeros(1)))[:n].masked_fill(last, 0.0)
-        return g, g * after, None, None
+        return g, g * after, None, None, None
 
 
 def _scan_for(*inputs: Tensor) -> Scan:
@@ -280,7 +295,8 @@ def _scan_for(*inputs: Tensor) -> Scan:
     if backend.requested() == "reference":
         return reference.linear_scan
     in_cpp = native.native_scans(*inputs)
-    return lambda delta, decay, last: _ReverseScan.apply(delta, decay, last, in_cpp)
+    requested = backend.requested() or ""
+    return lambda delta, decay, last: _ReverseScan.apply(delta, decay, last, in_cpp, requested)
 
 
 def _time_of(

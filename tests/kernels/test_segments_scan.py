@@ -104,6 +104,96 @@ def test_scans_match_the_reference_in_float64(device, no_reference, name, dtype,
             assert not masked or not y.cpu()[~mask].any()
 
 
+@pytest.fixture
+def in_parts(monkeypatch):
+    """Every sequence is walked by several programs, however short."""
+    from rlcore.kernels import segments_scan as kernels
+
+    monkeypatch.setattr(kernels, "FEW", 0)
+    monkeypatch.setattr(kernels, "LONG", (8, 4) if INTERPRETED else (128, 4))
+    monkeypatch.setattr(kernels, "LEAST_BLOCKS", 1)
+    monkeypatch.setattr(kernels, "MOST_PARTS", 8)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scale", [1, pytest.param(50, marks=pytest.mark.skipif(INTERPRETED, reason="too slow"))])
+def test_long_sequences_are_walked_in_parts(device, no_reference, in_parts, masked, scale):
+    """Also where whole parts are masked, and where a sequence has fewer rows than parts."""
+    from rlcore.kernels.segments_scan import parts_of
+
+    lengths = [scale * n for n in (3, 90, 0, 1)]
+    assert parts_of(sum(lengths), len(lengths)) == 8
+    reward, value, log_ratio, offsets, gamma, lam, mask, bootstrap = arguments(lengths, torch.float32)
+    mask[scale * 20 : scale * 60] = False
+    mask = mask if masked else None
+    expected = scans(reference, *wide([reward, value, log_ratio, offsets, gamma, lam, mask, bootstrap]))
+    if masked:
+        reward, value, log_ratio = (x.masked_fill(~mask, torch.nan) for x in (reward, value, log_ratio))
+    there = to(device, [reward, value, log_ratio, offsets, gamma, lam, mask, bootstrap])
+    with rl.backend("triton"):
+        got = scans(rl, *there)
+        assert torch.equal(got[0], scans(rl, *there)[0])
+    for y, want in zip(got, expected, strict=True):
+        assert_accurate(y.cpu(), want)
+
+
+def test_few_sequences_are_cut_into_parts_and_many_are_not(monkeypatch):
+    from rlcore.kernels import segments_scan as kernels
+
+    monkeypatch.setattr(kernels, "LONG", (1024, 4))
+    sizes = (512 * 4096, 512), (64 * 4096, 64), (10**6, 1), (10**6, 100), (4096, 1), (0, 1)
+    assert [kernels.parts_of(*size) for size in sizes] == [1, 8, 64, 5, 1, 1]
+
+
+@pytest.fixture
+def small_linear(monkeypatch):
+    from rlcore.kernels import segments_linear as kernels
+
+    if INTERPRETED:
+        monkeypatch.setattr(kernels, "BLOCK", 8)
+        monkeypatch.setattr(kernels, "FOLDED", 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("n", [0, 1, 8, 61])
+def test_the_bare_recurrence(device, small_linear, n, dtype):
+    """In blocks with and without ends of sequences; what lies behind one does not matter, be it infinite."""
+    from rlcore.kernels.segments_linear import linear_scan
+
+    delta, decay = torch.randn(n, dtype=dtype), torch.rand(n, dtype=dtype)
+    last = torch.zeros(n, dtype=torch.bool)
+    last[[i for i in (3, 47, 48, 60) if i < n]] = True
+    if n > 50:
+        delta[48] = torch.inf
+        decay[46] = 0.0
+    got, again = (linear_scan(*to(device, (delta, decay, last))) for _ in range(2))
+    assert got.dtype == dtype and torch.equal(got, again)
+    assert_accurate(got.cpu(), reference.linear_scan(delta.double(), decay.double(), last))
+
+
+def leaves_of(device):
+    given = to(device, arguments((9, 0, 14, 1), torch.float32))
+    for i in (0, 1, 2, 4, 7):
+        given[i].requires_grad_()
+    return given, [given[i] for i in (0, 1, 2, 4, 7)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_through_the_bare_recurrence(device, small_linear, monkeypatch, compiled):
+    given, leaves = leaves_of(device)
+    with rl.backend("reference"):
+        expected = scans(rl, *given)
+        weights = [torch.randn_like(y) for y in expected]
+        wanted = torch.autograd.grad(sum((y * w).sum() for y, w in zip(expected, weights)), leaves)
+    monkeypatch.setattr(rl.ops.segments.reference, "linear_scan", None)
+    function = torch.compile(scans, backend="aot_eager", fullgraph=True) if compiled else scans
+    with rl.backend("triton"):
+        got = function(rl, *given)
+        grads = torch.autograd.grad(sum((y * w).sum() for y, w in zip(got, weights)), leaves)
+    for x, want in zip((*got, *grads), (*expected, *wanted), strict=True):
+        torch.testing.assert_close(x, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_padded_is_packed(device, no_reference, masked):
     B, T = 5, 21
@@ -119,8 +209,11 @@ def test_padded_is_packed(device, no_reference, masked):
         assert a.shape == (B, T) and torch.equal(a.reshape(-1), b)
 
 
-def test_nan_and_infinity_stay_in_their_sequence(device):
+@pytest.mark.parametrize("parts", [False, True])
+def test_nan_and_infinity_stay_in_their_sequence(device, parts, request):
     """An infinite value is not met by a decay of 0 times it: the value before it alone sees it."""
+    if parts:
+        request.getfixturevalue("in_parts")
     reward, value = torch.zeros(12), torch.ones(12)
     reward[2], value[9] = torch.nan, torch.inf
     given = (reward, value, offsets_of((4, 4, 4)), 1.0, 0.0, torch.ones(12, dtype=torch.bool))
