@@ -1,4 +1,7 @@
-"""What test_vocab_head.py and memory.py run: our functions, the bare products, plain torch, TRL and Liger, by name."""
+"""What test_vocab_head.py and memory.py run: our functions, the bare products, plain torch and peers, by name.
+
+bench/gpu/vocab_head.py runs them too.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,11 @@ EQUALS: dict[str, tuple[str, slice]] = {
     "torch_entropy": ("entropy_gradient", slice(None)),
     "trl": ("policy_loss", slice(None)),
     "liger": ("policy_loss", slice(1, None)),
+    "liger_by_sequence": ("policy_loss", slice(1, None)),
+    "cce": ("policy_loss", slice(1, None)),
+    "compiled": ("policy_loss", slice(None)),
+    "cuda": ("policy_loss", slice(None)),
+    "low_memory": ("policy_loss", slice(None)),
     "frozen_policy_loss": ("policy_loss", slice(0, 3)),
     "frozen_logprob": ("logprob", slice(0, 2)),
 }
@@ -34,18 +42,18 @@ def uniform_(x: Tensor, std: float) -> Tensor:
 class Cases:
     """One minibatch of 8 sequences and everything that can be done with it."""
 
-    def __init__(self, N: int, H: int, V: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, N: int, H: int, V: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         self.N, self.H, self.V = N, H, V
-        self.hidden = uniform_(torch.empty(N, H, dtype=dtype), 1.0).requires_grad_()
-        self.weight = uniform_(torch.empty(V, H, dtype=dtype), H**-0.5).requires_grad_()
-        self.target = torch.randint(V, (N,))
-        self.upstream = torch.randn(N) / N
+        self.hidden = uniform_(torch.empty(N, H, dtype=dtype, device=device), 1.0).requires_grad_()
+        self.weight = uniform_(torch.empty(V, H, dtype=dtype, device=device), H**-0.5).requires_grad_()
+        self.target = torch.randint(V, (N,), device=device)
+        self.upstream = torch.randn(N, device=device) / N
         # Without a gradient these rows cost a forward pass; masked, they cost nothing.
-        self.dropped = torch.rand(N).argsort().argsort() < 0.6 * N
-        self.dense_advantage = torch.randn(SEQUENCES).repeat_interleave(N // SEQUENCES)
+        self.dropped = torch.rand(N, device=device).argsort().argsort() < 0.6 * N
+        self.dense_advantage = torch.randn(SEQUENCES, device=device).repeat_interleave(N // SEQUENCES)
         # Near the policy: no row loses its gradient to a clip.
-        self.old_logp = self._log_probs() + 0.02 * torch.randn(N)
-        offsets = torch.arange(SEQUENCES + 1) * (N // SEQUENCES)
+        self.old_logp = self._log_probs() + 0.02 * torch.randn(N, device=device)
+        offsets = torch.arange(SEQUENCES + 1, device=device) * (N // SEQUENCES)
         self.batch = rl.TokenBatch(self.target, offsets, advantage=self.dense_advantage, old_logp=self.old_logp)
         self.objective = rl.Objective(clip=(CLIP, CLIP))
         self.bonus = rl.Objective(clip=(CLIP, CLIP), entropy=0.01)
@@ -71,10 +79,13 @@ class Cases:
             "frozen_policy_loss": lambda: self._policy_loss(batch, self.objective, frozen),
             "frozen_logprob": lambda: self._logprob(frozen),
             "logprob": lambda: self._logprob(self.weight),
+            "logprob_entropy": self._logprob_entropy,
             "torch": self._torch,
             "torch_entropy": lambda: self._torch(0.01),
             "trl": self._trl,
             "liger": self._liger,
+            "liger_by_sequence": lambda: self._liger(1),
+            "cce": self._cce,
         }
         zero_batch = replace(batch, advantage=self.dense_advantage.masked_fill(self.dropped, 0.0))
         masked_batch = replace(batch, mask=~self.dropped, totals=None)
@@ -108,6 +119,11 @@ class Cases:
         loss = (logp * self.upstream).sum()
         return self._gradients(loss, self._inputs(weight.requires_grad))
 
+    def _logprob_entropy(self) -> Results:
+        out = rl.linear_logprob(self.hidden, self.weight, self.target, entropy=True)
+        loss = ((out.logp + out.entropy) * self.upstream).sum()
+        return self._gradients(loss, self._inputs(True))
+
     def _inplace_backward(self) -> Callable[[], Results]:
         """Log-probs of logits that exist and the backward pass in the logits' memory: for one run."""
         logits = uniform_(torch.empty(self.N, self.V, dtype=self.hidden.dtype), 1.0)
@@ -130,14 +146,27 @@ class Cases:
         return loss.mean() if keep is None else (loss * keep).sum() / keep.sum()
 
     def _torch(self, bonus: float = 0.0) -> Results:
-        """The entropy is a metric, or a term of the loss."""
-        scores = (self.hidden @ self.weight.t()).log_softmax(-1)
+        loss, entropy = self._plain(self.hidden, self.weight, bonus)
+        return (entropy.detach(), *self._gradients(loss, (self.hidden, self.weight)))
+
+    def _plain(self, hidden: Tensor, weight: Tensor, bonus: float = 0.0) -> tuple[Tensor, Tensor]:
+        """(loss, entropy); the entropy is a metric, or a term of the loss."""
+        scores = (hidden @ weight.t()).float().log_softmax(-1)
         logp = scores.gather(-1, self.target[:, None])[:, 0]
         with torch.set_grad_enabled(bonus > 0):
             entropy = -(scores.exp() * scores).sum(-1).mean()
         loss = self._surrogate(logp, self.dense_advantage)
-        loss = loss - bonus * entropy if bonus else loss
-        return (entropy.detach(), *self._gradients(loss, (self.hidden, self.weight)))
+        return (loss - bonus * entropy if bonus else loss), entropy
+
+    def compiled(self, backend: str) -> Callable[[], Results]:
+        """`_torch` under torch.compile."""
+        fused = torch.compile(self._plain, fullgraph=True, backend=backend)
+
+        def run() -> Results:
+            loss, entropy = fused(self.hidden, self.weight)
+            return (entropy.detach(), *self._gradients(loss, (self.hidden, self.weight)))
+
+        return run
 
     def _trl(self) -> Results:
         """The path of its trainer: its chunks of the vocabulary, log-prob and entropy; the loss in torch."""
@@ -149,16 +178,24 @@ class Cases:
         loss = self._surrogate(logp, self.dense_advantage)
         return (entropy.detach().mean(), *self._gradients(loss, (self.hidden, self.weight)))
 
-    def _liger(self) -> Results:
-        """All sequences in one chunk, which is faster here than its default of one sequence; it has no entropy."""
+    def _cce(self) -> Results:
+        """Cut-cross-entropy's negative log-probs, the loss in torch; it has no entropy."""
+        from cut_cross_entropy import linear_cross_entropy
+
+        logp = -linear_cross_entropy(self.hidden, self.weight, self.target, reduction="none")
+        return self._gradients(self._surrogate(logp, self.dense_advantage), (self.hidden, self.weight))
+
+    def _liger(self, sequences: int = SEQUENCES) -> Results:
+        """So many sequences in one chunk: on the CPU all are faster than its default of one; it has no entropy."""
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
         def by_sequence(x: Tensor) -> Tensor:
             return x.view(SEQUENCES, -1, *x.shape[1:])
 
         head = LigerFusedLinearGRPOLoss(
-            beta=0.0, compiled=False, use_ref_model=False, chunk_size=SEQUENCES, epsilon_low=CLIP, epsilon_high=CLIP
-        )
+            beta=0.0, compiled=self.hidden.is_cuda, use_ref_model=False, chunk_size=sequences, epsilon_low=CLIP,
+            epsilon_high=CLIP,
+        )  # fmt: skip
         target, old, advantage = map(by_sequence, (self.target, self.old_logp, self.dense_advantage))
         loss, _ = head(
             by_sequence(self.hidden), self.weight, target, torch.ones_like(target), advantage[:, 0],
@@ -172,7 +209,10 @@ class Cases:
         One graph for all: log-probs and entropies once, one backward pass for each loss.
         """
         wanted = {name: EQUALS.get(name, (name, slice(None))) for name in names if name not in FRESH + PREALLOCATED}
-        scores = (self.hidden @ self.weight.t()).log_softmax(-1)
+        leaves = self.hidden, self.weight
+        if self.hidden.dtype != torch.float32:  # logits are never rounded to less
+            leaves = tuple(x.detach().float().requires_grad_() for x in leaves)
+        scores = (leaves[0] @ leaves[1].t()).log_softmax(-1)
         logp = scores.gather(-1, self.target[:, None])[:, 0]
         entropy = -(scores.exp() * scores).sum(-1)
         plain, kept = self._surrogate(logp, self.dense_advantage), (~self.dropped).float()
@@ -182,11 +222,12 @@ class Cases:
             "zero_rows": self._surrogate(logp, self.dense_advantage.masked_fill(self.dropped, 0.0)),
             "masked_rows": self._surrogate(logp, self.dense_advantage, kept),
             "logprob": (logp * self.upstream).sum(),
+            "logprob_entropy": ((logp + entropy) * self.upstream).sum(),
         }
         found: dict[str, Results] = {}
         for name in {base for base, _ in wanted.values()}:
-            gradients = torch.autograd.grad(losses[name], (self.hidden, self.weight), retain_graph=True)
+            gradients = torch.autograd.grad(losses[name], leaves, retain_graph=True)
             mean = (entropy * kept).sum() / kept.sum() if name == "masked_rows" else entropy.mean()
-            first = () if name == "logprob" else (mean.detach(),)
+            first = () if name.startswith("logprob") else (mean.detach(),)
             found[name] = (*first, losses[name].detach(), *gradients)
         return {name: found[base][part] for name, (base, part) in wanted.items()}

@@ -76,6 +76,7 @@ def test_plan_and_merge_with_a_stand_in(monkeypatch, forest, heads, sink):
             assert_accurate(x, reference, norm=10.0, name=name)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("D", [64, 100])
