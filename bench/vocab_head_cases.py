@@ -179,10 +179,10 @@ class Cases:
         return (entropy.detach().mean(), *self._gradients(loss, (self.hidden, self.weight)))
 
     def _cce(self) -> Results:
-        """Cut-cross-entropy's negative log-probs, the loss in torch; it has no entropy."""
+        """Cut-cross-entropy's negative log-probs, no gradient left out, the loss in torch; it has no entropy."""
         from cut_cross_entropy import linear_cross_entropy
 
-        logp = -linear_cross_entropy(self.hidden, self.weight, self.target, reduction="none")
+        logp = -linear_cross_entropy(self.hidden, self.weight, self.target, reduction="none", filter_eps=None)
         return self._gradients(self._surrogate(logp, self.dense_advantage), (self.hidden, self.weight))
 
     def _liger(self, sequences: int = SEQUENCES) -> Results:

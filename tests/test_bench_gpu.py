@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("segments", "policy_loss", "prefix_attention", "vocab_head")
 # Why a row may have no figure on a CPU.
-REASONS = ("chunk_bytes", "No module named", "not live", "not built", "No viable backend")
+REASONS = ("No module named", "not live", "not built", "No viable backend")
 
 
 def gpu_sh(*arguments: object) -> subprocess.CompletedProcess[str]:

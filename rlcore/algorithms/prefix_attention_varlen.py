@@ -1,4 +1,6 @@
-"""Composition of a packed prefix forest on a GPU over torch's variable-length flash attention, forward and backward.
+"""Composition of a packed prefix forest on a GPU over variable-length flash attention, forward and backward.
+
+The calls are those of the package flash-attn where it is installed, else of the one that torch brings along.
 
 All unbranched runs are one causal call, since they lie one behind the other. What the rows below a run see of it is a
 rectangle; those of one level of the tree share neither rows nor keys, so a level is one call: its queries and keys are
@@ -8,7 +10,9 @@ prefix_attention.py: every part gets the merged output and the global log-sum-ex
 
 from __future__ import annotations
 
+import importlib
 from functools import lru_cache
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -31,22 +35,44 @@ class Part(NamedTuple):
     k_longest: int
 
 
+@lru_cache(maxsize=1)
+def package() -> ModuleType | None:
+    """flash-attn, from 2.7 on; None where it is not installed, or built for another torch."""
+    try:
+        module = importlib.import_module("flash_attn.flash_attn_interface")
+    except ImportError:
+        return None
+    return module if hasattr(module, "_flash_attn_varlen_backward") else None
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
     """(o [n, Hq, D], lse [n, Hq]) of the sequences of a part."""
-    o, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, part.q_offsets, part.k_offsets, part.q_longest, part.k_longest, 0.0, part.causal, False, scale=scale
-    )
+    sequences = part.q_offsets, part.k_offsets, part.q_longest, part.k_longest
+    if (flash := package()) is not None:
+        o, lse, *_ = flash._flash_attn_varlen_forward(q, k, v, *sequences, 0.0, scale, part.causal)
+    else:
+        o, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, *sequences, 0.0, part.causal, False, scale=scale
+        )  # fmt: skip
     return o, lse.T
 
 
 def attend_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, part: Part, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    given = do, q, k, v, o, lse.T.contiguous()
+    sequences = part.q_offsets, part.k_offsets, part.q_longest, part.k_longest
+    if (flash := package()) is not None:
+        gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        no_window, no_softcap, no_slopes, deterministic = (-1, -1), 0.0, None, True
+        flash._flash_attn_varlen_backward(
+            *given, *gradients, *sequences, 0.0, scale, part.causal, *no_window, no_softcap, no_slopes, deterministic
+        )
+        return gradients
     random_state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of the dropout that there is not
     return torch.ops.aten._flash_attention_backward(
-        do, q, k, v, o, lse.T.contiguous(), part.q_offsets, part.k_offsets, part.q_longest, part.k_longest, 0.0,
-        part.causal, random_state, q.new_empty(0), scale=scale,
-    )  # fmt: skip
+        *given, *sequences, 0.0, part.causal, random_state, q.new_empty(0), scale=scale
+    )
 
 
 def forward(

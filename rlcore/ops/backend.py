@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from rlcore.algorithms.prefix_attention_varlen import package
 
 BACKENDS = ("reference", "native", "triton", "cuda")
 
@@ -75,8 +78,14 @@ def is_batch_invariant(x: Tensor) -> bool:
 
 
 def backends() -> dict[str, str]:
-    """Every backend with "live", or the reason why it is not."""
-    return {"reference": "live", "native": _native_state(), "triton": _triton_state(), "cuda": _cuda_state()}
+    """Every backend with "live", or the reason why it is not; under "flash" what attention on a GPU is composed of."""
+    return {
+        "reference": "live",
+        "native": _native_state(),
+        "triton": _triton_state(),
+        "cuda": _cuda_state(),
+        "flash": _flash_state(),
+    }
 
 
 @functools.cache
@@ -149,3 +158,14 @@ def _cuda_state() -> str:
     if not torch.cuda.is_available():
         return "no GPU that torch can use"
     return "live"
+
+
+@functools.cache
+def _flash_state() -> str:
+    if not torch.cuda.is_available():
+        return "no GPU that torch can use"
+    if package() is not None:
+        return f"flash-attn {importlib.metadata.version('flash-attn')}"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "torch's own flash attention (flash-attn is not installed: extra `flash`)"
+    return "torch's own flash attention (flash-attn can not be loaded here, or is older than 2.7)"

@@ -115,7 +115,7 @@ def _composes(q: Tensor, window: int | None, softcap: float | None) -> bool:
 
 
 def _composes_on_gpu(q: Tensor, window: int | None, softcap: float | None) -> bool:
-    """What torch's flash attention takes: NVIDIA from sm_80 on, 16-bit numbers, head sizes up to 256."""
+    """What flash attention takes: NVIDIA from sm_80 on, 16-bit numbers, head sizes up to 256."""
     return (
         q.is_cuda
         and torch.version.hip is None

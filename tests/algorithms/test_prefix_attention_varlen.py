@@ -1,5 +1,8 @@
 """The composition over variable-length flash attention: plan and merge with a stand-in on the CPU, else on a GPU."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -7,6 +10,7 @@ import rlcore as rl
 from accuracy import assert_accurate
 from oracles import prefix_attention as oracle
 from rlcore.algorithms import prefix_attention_varlen as varlen
+from rlcore.ops import backend
 from rlcore.prefix_tree import PrefixTree
 
 GROUPS = (
@@ -57,12 +61,62 @@ def stand_in_backward(do, q, k, v, o, lse, part, scale):
     return dq, *(x.unflatten(1, (-1, ratio)).sum(2) for x in (dk, dv))
 
 
+def _flash_attn_varlen_forward(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+    window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False, block_table=None,
+    leftpad_k=None, seqused_k=None,
+):  # fmt: skip
+    """The parameters are those of flash-attn 2.7 and 2.8, the result is the stand-in's."""
+    part = as_part(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, causal)
+    assert (window_size_left, window_size_right, softcap, alibi_slopes) == (-1, -1, 0.0, None)
+    o, lse = stand_in(q, k, v, part, softmax_scale)
+    return o, lse.T.contiguous(), torch.empty(0), torch.empty(2, dtype=torch.int64)
+
+
+def _flash_attn_varlen_backward(
+    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+    softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+):  # fmt: skip
+    part = as_part(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, causal)
+    assert (window_size_left, window_size_right, softcap, alibi_slopes) == (-1, -1, 0.0, None)
+    assert deterministic is True and rng_state is None
+    assert softmax_lse.shape == (q.shape[1], q.shape[0]) and softmax_lse.is_contiguous()
+    found = stand_in_backward(dout, q, k, v, out, softmax_lse.T, part, softmax_scale)
+    for x, y, like in zip((dq, dk, dv), found, (q, k, v), strict=True):
+        assert x.is_contiguous() and x.shape == like.shape and x.dtype == like.dtype
+        x.copy_(y)
+    return torch.empty(0)
+
+
+def as_part(q_offsets, k_offsets, q_longest, k_longest, dropout, causal):
+    assert dropout == 0.0 and isinstance(causal, bool) and type(q_longest) is type(k_longest) is int
+    return varlen.Part(causal, None, None, q_offsets, k_offsets, q_longest, k_longest)
+
+
+@pytest.fixture
+def flash_attn(monkeypatch):
+    """A package with the published names and parameters."""
+    module = ModuleType("flash_attn.flash_attn_interface")
+    module._flash_attn_varlen_forward = _flash_attn_varlen_forward
+    module._flash_attn_varlen_backward = _flash_attn_varlen_backward
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    varlen.package.cache_clear()
+    yield module
+    varlen.package.cache_clear()
+
+
+@pytest.mark.parametrize("form", ["", "flash-attn"])
 @pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 @pytest.mark.parametrize("forest", FORESTS)
-def test_plan_and_merge_with_a_stand_in(monkeypatch, forest, heads, sink):
-    monkeypatch.setattr(varlen, "attend", stand_in)
-    monkeypatch.setattr(varlen, "attend_backward", stand_in_backward)
+def test_plan_and_merge_with_a_stand_in(monkeypatch, request, forest, heads, sink, form):
+    if form:
+        package = request.getfixturevalue("flash_attn")
+        assert varlen.package() is package
+    else:
+        monkeypatch.setattr(varlen, "attend", stand_in)
+        monkeypatch.setattr(varlen, "attend_backward", stand_in_backward)
     tree, rows = FORESTS[forest]
     q, k, v, do = (torch.randn(tree.M, h, 5) for h in (heads[0], heads[1], heads[1], heads[0]))
     s = torch.randn(heads[0]) if sink else None
@@ -76,13 +130,35 @@ def test_plan_and_merge_with_a_stand_in(monkeypatch, forest, heads, sink):
             assert_accurate(x, reference, norm=10.0, name=name)
 
 
+def test_what_is_taken_is_stated(monkeypatch, request):
+    state = backend._flash_state.__wrapped__
+    assert rl.backends()["flash"] != "live"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.MonkeyPatch.context() as without:
+        without.setattr(varlen.importlib, "import_module", missing)
+        varlen.package.cache_clear()
+        assert "torch's own" in state()
+    request.getfixturevalue("flash_attn")
+    monkeypatch.setattr(backend.importlib.metadata, "version", lambda name: {"flash-attn": "2.8.3"}[name])
+    assert state() == "flash-attn 2.8.3"
+
+
+def missing(name):
+    raise ImportError(name)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("form", ["torch", "flash-attn"])
 @pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("D", [64, 100])
 @pytest.mark.parametrize("forest", FORESTS)
-def test_on_a_gpu(forest, D, sink):
+def test_on_a_gpu(monkeypatch, forest, D, sink, form):
     """rl.backend("native") on a GPU against the reference in the same dtype and in float64."""
+    if form == "torch":
+        monkeypatch.setattr(varlen, "package", lambda: None)
+    elif varlen.package() is None:
+        pytest.skip("needs flash-attn")
     tree = FORESTS[forest][0].to("cuda")
     inputs = [torch.randn(tree.M, h, D, device="cuda").bfloat16() for h in (4, 2, 2, 4)]
     s = torch.randn(4, device="cuda") if sink else None

@@ -128,4 +128,4 @@ def test_more_sequences_than_a_grid_has_rows():
     for f, leaves in LEAVES.items():
         on_gpu = step(f, x, leaves)
         on_cpu = step(f, {name: tensor.cpu() for name, tensor in x.items()}, leaves)
-        torch.testing.assert_close([y.cpu() for y in on_gpu], on_cpu, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close([y.cpu() for y in on_gpu], on_cpu, rtol=1e-3, atol=1e-6)
