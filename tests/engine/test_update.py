@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import rlcore as rl
 from rlcore.engine.checkpoint import found
 from rlcore.engine.config import Config, CriticConfig, UpdateConfig
 from rlcore.engine.critic import Critic, explained_variance
@@ -356,6 +357,12 @@ def test_packs_of_a_minibatch(started, layout):
         assert sum(map(len, once)) + sum(len(answers[s]) for s in own) <= most
         assert pack.tree is pack.tree and torch.equal(pack.tree.target, rollout.batch.take(own).target)
         seen += own
+    lengths = [[len(answer) for answer in rollout.responses[g]] for g in (1, 2, 4, 5)]
+    prompts = [len(rollout.prompts[g]) for g in (1, 2, 4, 5)]
+    if layout == "padded":
+        lengths = [[prompt + n for n in own] for prompt, own in zip(prompts, lengths, strict=True)]
+        prompts = [0] * 4
+    assert [chosen for chosen, _ in packs] == rl.pack_groups(prompts, lengths, most)
     assert sorted(seen) == sequences.tolist() and len(packs) > 1
 
 
