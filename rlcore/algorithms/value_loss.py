@@ -42,7 +42,8 @@ def value_loss(value: Tensor, batch: TokenBatch, clip: float | None = None) -> t
     if clip is not None:
         assert batch.old_value is not None
         old_value = torch.where(keep, batch.old_value.detach().to(value.dtype), 0)
-        clipped_error = (old_value + (value - old_value).clamp(-clip, clip) - returns) ** 2
+        # Inside the range exactly the value: old + (v - old) is not v to the last digit, and would count as clipped.
+        clipped_error = (torch.clamp(value, old_value - clip, old_value + clip) - returns) ** 2
         metrics["value_clip_fraction"] = (per_token * (clipped_error > error)).sum()
         error = torch.maximum(error, clipped_error)
     loss = 0.5 * (per_token * error).sum()

@@ -254,6 +254,16 @@ def test_lookup_keeps_structure_and_takes_numbers():
         lookup("custom-unknown", list(objective.numbers))
 
 
+def test_values_within_the_range_do_not_count_as_clipped():
+    generator = torch.Generator().manual_seed(0)
+    old_value, returns = torch.randn(2, 1000, generator=generator)
+    value = old_value + 1e-3 * torch.randn(1000, generator=generator)
+    batch = rl.TokenBatch(torch.zeros(1000, dtype=torch.int64), torch.tensor([0, 1000]),
+                          returns=returns, old_value=old_value)  # fmt: skip
+    loss, metrics = rl.value_loss(value, batch, clip=0.2)
+    assert metrics["value_clip_fraction"] == 0 and torch.equal(loss, rl.value_loss(value, batch)[0])
+
+
 def test_value_loss():
     value = torch.tensor([1.0, 2.0, torch.nan, 4.0], dtype=torch.float64, requires_grad=True)
     returns = torch.tensor([0.0, 2.5, torch.nan, 1.0], dtype=torch.float64, requires_grad=True)
