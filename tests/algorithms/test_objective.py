@@ -256,10 +256,10 @@ def test_lookup_keeps_structure_and_takes_numbers():
 
 def test_values_within_the_range_do_not_count_as_clipped():
     generator = torch.Generator().manual_seed(0)
-    value, old_value, returns = torch.rand(3, 1000, generator=generator)
+    value, old_value, returns = torch.randn(3, 1000, generator=generator)
     batch = rl.TokenBatch(torch.zeros(1000, dtype=torch.int64), torch.tensor([0, 1000]),
                           returns=returns, old_value=old_value)  # fmt: skip
-    loss, metrics = rl.value_loss(value, batch, clip=1.0)
+    loss, metrics = rl.value_loss(value, batch, clip=10.0)
     assert metrics["value_clip_fraction"] == 0 and torch.equal(loss, rl.value_loss(value, batch)[0])
 
 
