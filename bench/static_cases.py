@@ -82,6 +82,7 @@ def prefix_attention() -> dict[str, Case]:
     def launch(dtype: torch.dtype, D: int, sink: Tensor | None, window: int | None, softcap: float | None) -> None:
         from rlcore.kernels import prefix_attention as forward
         from rlcore.kernels import prefix_attention_backward as backward
+        from rlcore.kernels import prefix_attention_keys as keys
 
         q, do, o = (empty(256, 8, D, dtype=dtype) for _ in range(3))
         k, v = (empty(256, 2, D, dtype=dtype) for _ in range(2))
@@ -93,7 +94,7 @@ def prefix_attention() -> dict[str, Case]:
         )
         rows = do, q, k, v, *backward.prefix_attention_delta(do, q, o, lse), end, position
         backward.prefix_attention_dq(*rows, *work, *options, backward.query_blocks(D, dtype))
-        backward.prefix_attention_dkdv(*rows, *work, splits, 1, *options, backward.key_blocks(D, dtype))
+        keys.prefix_attention_dkdv(*rows, *work, splits, 1, *options, keys.key_blocks(D, dtype))
 
     return {"bfloat16 head size 128": lambda: launch(torch.bfloat16, 128, None, None, None)}
 

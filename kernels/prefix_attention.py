@@ -102,6 +102,35 @@ def visible(row, key, end, depth, key_depth, window, HAS_WINDOW: tl.constexpr):
 
 
 @triton.jit
+def sees(row, depth, key, there, end_ptr, position_ptr, window, HAS_WINDOW: tl.constexpr):
+    """[rows, keys]; keys that are not `there` are seen by nobody."""
+    end = tl.load(end_ptr + key, mask=there, other=0).to(tl.int32)
+    key_depth = key
+    if HAS_WINDOW:
+        key_depth = tl.load(position_ptr + key, mask=there, other=0).to(tl.int32)
+    return visible(row[:, None], key[None, :], end[None, :], depth[:, None], key_depth[None, :], window, HAS_WINDOW)
+
+
+@triton.jit
+def lanes_of(item, position_ptr, M, GROUP: tl.constexpr, LANES: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """(row, head, whether the row is there, depth) of each lane of an item of `query_work`."""
+    lane = (tl.load(item) * LANES + tl.arange(0, LANES)).to(tl.int32)
+    row = lane // GROUP
+    head = tl.program_id(1).to(tl.int64) * GROUP + lane % GROUP
+    there = row < M
+    depth = row
+    if HAS_WINDOW:
+        depth = tl.load(position_ptr + row, mask=there, other=0).to(tl.int32)
+    return row, head, there, depth
+
+
+@triton.jit
+def place_of(row, head, GROUP: tl.constexpr):
+    """[rows, heads] in the order of contiguous tensors; 64 bits, as heads * M * D may pass 2^31."""
+    return row.to(tl.int64) * (tl.num_programs(1) * GROUP) + head
+
+
+@triton.jit
 def load_rows(ptr, row, stride, column, there, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
     """[rows, BLOCK_D]; rows that are not `there` are 0 if MASKED, columns from D on always."""
     at = ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
@@ -149,11 +178,7 @@ def forward_step(
     k = load_rows(k_ptr, key, k_row, column, there, D, BLOCK_D, MASKED)
     z, _ = logits(tl.dot(q, tl.trans(k), input_precision=PRECISION), factor, cap, HAS_CAP)
     if MASKED:
-        end = tl.load(end_ptr + key, mask=there, other=0).to(tl.int32)
-        key_depth = key
-        if HAS_WINDOW:
-            key_depth = tl.load(position_ptr + key, mask=there, other=0).to(tl.int32)
-        seen = visible(row[:, None], key[None, :], end[None, :], depth[:, None], key_depth[None, :], window, HAS_WINDOW)
+        seen = sees(row, depth, key, there, end_ptr, position_ptr, window, HAS_WINDOW)
         z = tl.where(seen, z, float("-inf"))
     new_top = tl.maximum(top, tl.max(z, 1))
     # A lane that has seen nothing yet keeps the maximum -inf; its weights are 0 and not exp(-inf + inf).
@@ -205,15 +230,9 @@ def prefix_attention_forward_kernel(
 ):
     head = tl.program_id(1).to(tl.int64)
     item = items_ptr + 5 * tl.program_id(0).to(tl.int64)
-    lane = (tl.load(item) * LANES + tl.arange(0, LANES)).to(tl.int32)
-    row = lane // GROUP
-    query_head = head * GROUP + lane % GROUP
-    there = row < M
+    row, query_head, there, depth = lanes_of(item, position_ptr, M, GROUP, LANES, HAS_WINDOW)
     column = tl.arange(0, BLOCK_D)
     q = load_rows(q_ptr + (query_head * q_head)[:, None], row, q_row, column, there, D, BLOCK_D, True)
-    depth = row
-    if HAS_WINDOW:
-        depth = tl.load(position_ptr + row, mask=there, other=0).to(tl.int32)
     k_ptr += head * k_head
     v_ptr += head * v_head
     finite_ptr += head
@@ -243,8 +262,7 @@ def prefix_attention_forward_kernel(
                 HAS_CAP, PRECISION, True,
             )  # fmt: skip
 
-    # [rows, heads] in the order of the contiguous outputs; 64 bits, as heads * M * D may pass 2^31.
-    out = row.to(tl.int64) * (tl.num_programs(1) * GROUP) + query_head
+    out = place_of(row, query_head, GROUP)
     tl.store(lse_ptr + out, (top + tl.log2(total)) * LN2, mask=there)
     o = (acc / total[:, None]).to(o_ptr.dtype.element_ty)
     tl.store(o_ptr + out[:, None] * D + column[None, :], o, mask=there[:, None] & (column < D)[None, :])

@@ -77,6 +77,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, dsink) in the dtypes of q, k, v and the sink."""
     from rlcore.kernels import prefix_attention_backward as kernels
+    from rlcore.kernels import prefix_attention_keys as keys
 
     do, q, k, v, o, lse = _unit(do), _unit(q), _unit(k), _unit(v), _unit(o), lse.contiguous()
     end, position, key = end.contiguous(), position.contiguous(), _key(node_table)
@@ -87,9 +88,9 @@ def backward(
     blocks = kernels.query_blocks(D, q.dtype)
     work = _held(_query_tables(key, q.device, group, blocks.lanes, blocks.keys, window))
     dq = kernels.prefix_attention_dq(*rows, work.items, work.segments, scale, window, softcap, blocks)
-    blocks = kernels.key_blocks(D, q.dtype)
+    blocks = keys.key_blocks(D, q.dtype)
     work = _held(_key_tables(key, q.device, group, blocks.lanes, blocks.keys, window, heads))
-    dk, dv = kernels.prefix_attention_dkdv(*rows, *work, scale, window, softcap, blocks)
+    dk, dv = keys.prefix_attention_dkdv(*rows, *work, scale, window, softcap, blocks)
     return dq, dk, dv, None if sink is None else sink_gradient_of_delta(delta, lse, sink)
 
 
