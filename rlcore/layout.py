@@ -217,7 +217,10 @@ class TokenBatch:
         return self.derived(**parts, rows=None, sequences=None, whole=whole, totals=Totals(*self.totals))
 
     def _checked_index(self, sequences: Sequence[int] | Tensor) -> Tensor:
-        index = torch.as_tensor(sequences)
+        try:
+            index = torch.as_tensor(sequences)
+        except (RuntimeError, TypeError, ValueError):
+            raise TypeError(f"sequences: expected indices [K] of sequences; got {sequences!r}") from None
         if index.numel() == 0:
             raise ValueError("sequences: expected at least one index; got none")
         if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):

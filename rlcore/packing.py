@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 
-from rlcore.prefix_tree_build import is_int
+from rlcore.prefix_tree_build import count, is_int
 
 # (sizes, most) -> indices of the sizes in each bin; a size above `most` has a bin of its own.
 Fit = Callable[[Sequence[int], int], list[list[int]]]
@@ -38,7 +38,7 @@ def packed(
     first = 0
     for prompt, lengths in zip(prompts, responses, strict=True):
         together = whole_groups or prompt + sum(lengths) <= most
-        whole = [list(range(len(lengths)))] if lengths else []
+        whole = [list(range(len(lengths)))] if len(lengths) else []
         for part in whole if together else fit(lengths, most - prompt):
             items.append([first + i for i in part])
             sizes.append(prompt + sum(lengths[i] for i in part))
@@ -74,11 +74,12 @@ def next_fit(sizes: Sequence[int], most: int) -> list[list[int]]:
 
 
 def check(prompts: Sequence[int], responses: Sequence[Sequence[int]], max_tokens: int) -> None:
-    if len(prompts) != len(responses):
+    if count(prompts, "prompts") != count(responses, "responses"):
         raise ValueError(f"responses: expected one list per prompt ({len(prompts)}), got {len(responses)}")
     if not is_int(max_tokens) or max_tokens < 1:
         raise ValueError(f"max_tokens: expected a positive int, got {max_tokens!r}")
     for g, (prompt, lengths) in enumerate(zip(prompts, responses, strict=True)):
+        count(lengths, f"responses[{g}]")
         for name, length in ((f"prompts[{g}]", prompt), *((f"responses[{g}][{i}]", x) for i, x in enumerate(lengths))):
             if not is_int(length) or length < 0:
                 raise ValueError(f"{name}: expected a length in tokens, got {length!r}")

@@ -86,7 +86,7 @@ class PrefixTree:
         share: False repeats the prompt for every response; None does so where sharing would not pay.
         Raises ValueError for an empty prompt, no prompts, or lists of different lengths.
         """
-        if len(prompts) != len(responses):
+        if build.count(prompts, "prompts") != build.count(responses, "responses"):
             raise ValueError(f"responses: expected one list per prompt ({len(prompts)}), got {len(responses)}")
         if not prompts:
             raise ValueError("prompts: expected at least one prompt, got none")
@@ -98,7 +98,7 @@ class PrefixTree:
             parent.append(-1)
             if not len(nodes[-1]):
                 raise ValueError(f"prompts[{g}]: expected at least one token, got an empty prompt")
-            parent += [len(nodes) - 1] * len(answers)
+            parent += [len(nodes) - 1] * build.count(answers, f"responses[{g}]")
             group += [g] * len(answers)
             nodes += [build.token_ids(answer, f"responses[{g}][{s}]") for s, answer in enumerate(answers)]
         leaves = [k for k, above in enumerate(parent) if above >= 0]
@@ -124,7 +124,7 @@ class PrefixTree:
         share: False keeps every path apart; None does so where sharing would not pay.
         Raises ValueError for an empty path, no paths, or entries of `predict` and `group` that do not fit.
         """
-        if not len(paths):
+        if not build.count(paths, "paths"):
             raise ValueError("paths: expected at least one path, got none")
         tokens, lengths = build.flat_ids(paths, "paths")
         if not lengths.all():
@@ -132,9 +132,9 @@ class PrefixTree:
         packed = build.pack_trie(tokens, lengths, build.predictions(predict, lengths, np.ones_like(lengths)))
         if group is None:
             group = _numbered(tokens[np.cumsum(lengths) - lengths].tolist())
-        elif len(group) != len(paths):
+        elif build.count(group, "group") != len(paths):
             raise ValueError(f"group: expected one id for each of {len(paths)} paths, got {len(group)}")
-        return _shared(_tree(packed, build.token_ids(group, "group")), share, device)
+        return _shared(_tree(packed, build.token_ids(group, "group", "ids")), share, device)
 
     @classmethod
     def from_nodes(
@@ -156,17 +156,18 @@ class PrefixTree:
         Raises ValueError for bad parents, cycles, paths without tokens, nothing at all, and predictions of a first
         token.
         """
-        nodes = [build.token_ids(own, f"tokens[{i}]") for i, own in enumerate(tokens)]
-        above = build.token_ids(parent, "parent").tolist()
-        if len(nodes) != len(above):
-            raise ValueError(f"parent: expected one index for each of {len(nodes)} nodes, got {len(above)}")
-        if not nodes:
+        above = build.token_ids(parent, "parent", "indices").tolist()
+        if build.count(tokens, "tokens") != len(above):
+            raise ValueError(f"parent: expected one index for each of {len(tokens)} nodes, got {len(above)}")
+        if not above:
             raise ValueError("tokens: expected at least one node, got none")
+        nodes = [build.token_ids(own, f"tokens[{i}]") for i, own in enumerate(tokens)]
         order = build.depth_first(above)
         if leaves is None:
             leaves = sorted(set(range(len(nodes))) - set(above))
+        leaves = build.token_ids(leaves, "leaves", "indices").tolist()
         for s, leaf in enumerate(leaves):
-            if not build.is_int(leaf) or not 0 <= leaf < len(nodes):
+            if not 0 <= leaf < len(nodes):
                 raise ValueError(f"leaves[{s}]: expected the index of one of {len(nodes)} nodes, got {leaf}")
         through = [build.path_to(leaf, above) for leaf in leaves]
         for leaf, path in zip(leaves, through, strict=True):

@@ -125,19 +125,19 @@ def predictions(predict: Sequence[int | Sequence[int]] | None, lengths: np.ndarr
     least = np.minimum(at_start, lengths)
     if predict is None:
         return ranges(0, lengths) >= np.repeat(least, lengths)
-    if len(predict) != len(lengths):
+    if count(predict, "predict") != len(lengths):
         raise ValueError(f"predict: expected one entry for each of {len(lengths)}, got {len(predict)}")
     froms, masks = np.zeros(len(lengths), np.int64), {}
     for s, (entry, low, length) in enumerate(zip(predict, least.tolist(), lengths.tolist(), strict=True)):
         if is_int(entry):
-            froms[s] = entry
-            fits = low <= froms[s] <= length
+            fits = low <= entry <= length
+            froms[s] = entry if fits else 0
         else:
-            mask = masks[s] = np.asarray(entry)
+            mask = masks[s] = array(entry)
             fits = mask.shape == (length,) and bool(np.isin(mask, (0, 1)).all()) and not mask[:low].any()
         if not fits:
             bits = f"{length} zeros and ones" + (", 0 first, since nothing predicts the first token" if low else "")
-            raise ValueError(f"predict[{s}]: expected an index from {low} to {length}, or {bits}; got {entry}")
+            raise ValueError(f"predict[{s}]: expected an index from {low} to {length}, or {bits}; got {entry!r}")
     chosen = ranges(0, lengths) >= np.repeat(froms, lengths)
     starts = np.cumsum(lengths) - lengths
     for s, mask in masks.items():
@@ -207,16 +207,37 @@ def flat_ids(paths: Sequence[Tokens], name: str) -> tuple[np.ndarray, np.ndarray
             values = np.asarray(list(chain.from_iterable(paths)))
         except ValueError:  # ragged: the loop below says which
             values = np.empty(0)
-        if values.ndim == 1 and values.dtype.kind in "iu":
+        if values.ndim == 1 and values.dtype.kind == "i":
             return values.astype(np.int64), np.asarray([len(path) for path in paths])
     ids = [token_ids(path, f"{name}[{s}]") for s, path in enumerate(paths)]
     return np.concatenate(ids), np.asarray([len(path) for path in ids])
 
 
-def token_ids(tokens: Tokens, name: str) -> np.ndarray:
-    values = tokens.detach().cpu().numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
+def token_ids(tokens: Tokens, name: str, what: str = "token ids") -> np.ndarray:
+    """One list as int64. ValueError for anything but one dimension of integers that int64 holds."""
+    values = array(tokens)
     if values.size == 0:
         return np.empty(0, dtype=np.int64)
     if values.ndim != 1 or values.dtype.kind not in "iu":
-        raise ValueError(f"{name}: expected a list of token ids, got {values.ndim} dimensions of {values.dtype}")
+        raise ValueError(f"{name}: expected a list of {what}, got {values.ndim} dimensions of {values.dtype}")
+    if values.dtype == np.uint64 and values.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name}: expected {what} that int64 holds, got {values.max()}")
     return values.astype(np.int64)
+
+
+def array(values: object) -> np.ndarray:
+    """As NumPy sees it; what is ragged as one dimension of objects."""
+    if isinstance(values, Tensor):
+        return values.detach().cpu().numpy()
+    try:
+        return np.asarray(values)
+    except ValueError:
+        return np.asarray([None])
+
+
+def count(given: Sequence[object] | Tensor, name: str) -> int:
+    """How many entries there are. TypeError for what has none."""
+    try:
+        return len(given)
+    except TypeError:
+        raise TypeError(f"{name}: expected a list, got {given!r}") from None

@@ -242,7 +242,8 @@ def test_take_gives_the_rows_of_its_sequences(lengths, padded, data):
 @pytest.mark.parametrize(
     ("chosen", "error"),
     [([2], ValueError), ([-1], ValueError), ([0, 0], ValueError), ([], ValueError), ([0.5], TypeError),
-     (torch.tensor([[0]]), TypeError), (torch.tensor([True, False]), TypeError)],
+     (None, TypeError), ([[0], [1, 0]], TypeError), (torch.tensor([[0]]), TypeError),
+     (torch.tensor([True, False]), TypeError)],
 )  # fmt: skip
 def test_take_names_what_it_can_not_take(chosen, error):
     batch = rl.TokenBatch(ids(4), offsets([1, 3]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -125,3 +126,9 @@ def test_many_groups_pack_tightly():
 def test_errors_name_the_argument(arguments, message):
     with pytest.raises(ValueError, match=message):
         rl.pack_groups(*arguments)
+
+
+def test_lengths_may_be_arrays_and_must_be_lists():
+    assert rl.pack_groups(np.array([10]), [np.array([70, 40, 40])], 100) == [[0], [1, 2]]
+    with pytest.raises(TypeError, match=r"responses\[0\]: expected a list, got 3"):
+        rl.pack_groups([1], [3], 4)

@@ -180,6 +180,11 @@ def test_stats():
         (lambda: PrefixTree.from_paths([[1.5]]), r"paths\[0\].*float64"),
         (lambda: PrefixTree.from_paths([[1], [2, 1.5]]), r"paths\[1\].*float64"),
         (lambda: PrefixTree.from_paths([[1], [[2]]]), r"paths\[1\].*2 dimensions"),
+        (lambda: PrefixTree.from_paths([[1], [2, [3]]]), r"paths\[1\]: expected a list of token ids"),
+        (lambda: PrefixTree.from_paths([[1], [2**63]]), r"paths\[1\]: .* int64 holds, got 9223372036854775808"),
+        (lambda: PrefixTree.from_groups([[2**63]], [[[1]]]), r"prompts\[0\]: .* int64 holds"),
+        (lambda: PrefixTree.from_paths([[1, 2]], predict=[2**70]), r"predict\[0\]: expected an index from 1 to 2"),
+        (lambda: PrefixTree.from_paths([[1, 2]], predict=[[0, [1]]]), r"predict\[0\].*2 zeros and ones"),
         (lambda: PrefixTree.from_paths([[1, 2]], predict=[0]), r"predict\[0\]: expected an index from 1 to 2.*got 0"),
         (lambda: PrefixTree.from_paths([[1, 2]], predict=[3]), r"predict\[0\]: expected an index from 1 to 2.*got 3"),
         (lambda: PrefixTree.from_paths([[1, 2], [1, 2]], predict=[1, [1, 1]]), r"predict\[1\].*0 first"),
@@ -200,6 +205,8 @@ def test_stats():
         (lambda: PrefixTree.from_nodes([[1], [[2]]], [-1, 0]), r"tokens\[1\].*2 dimensions"),
         (lambda: PrefixTree.from_nodes([[1]], [-1], leaves=[1]), r"leaves\[0\]: .* got 1"),
         (lambda: PrefixTree.from_nodes([[1]], [-1], leaves=[]), "leaves: expected at least one"),
+        (lambda: PrefixTree.from_nodes([[1]], [-1], leaves=0), "leaves: expected a list of indices"),
+        (lambda: PrefixTree.from_nodes([[1]], 0), "parent: expected a list of indices"),
         (lambda: PrefixTree.from_nodes([[1, 2], [3]], [-1, 0], predict=[0, 0]), r"predict\[0\]: .* from 1"),
         (lambda: PrefixTree.from_nodes([[], [3]], [-1, 0], predict=[0, 0]), r"predict\[1\]: .* from 1"),
     ],
@@ -207,6 +214,16 @@ def test_stats():
 def test_errors_name_the_argument(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("name", ["paths", "predict", "group", "responses", "tokens"])
+def test_errors_name_what_is_no_list(name):
+    calls = {
+        "responses": lambda: PrefixTree.from_groups([[1]], [2]),
+        "tokens": lambda: PrefixTree.from_nodes(2, [-1]),
+    }
+    with pytest.raises(TypeError, match=rf"^{name}(\[0\])?: expected a list, got 2"):
+        calls.get(name, lambda: PrefixTree.from_paths(**{"paths": [[1, 2]], name: 2}))()
 
 
 # ---- which tokens are predictions

@@ -177,6 +177,8 @@ def importance_ratio(
 
 def unit_mean(x: Tensor, unit: Tensor, mask: Tensor | None) -> Tensor:
     """The mean of x over the unmasked rows of each row's unit, [n]; masked rows of x are 0 already."""
+    if not len(unit):
+        return x
     unit = unit - unit.min()
     zeros = x.new_zeros(x.shape[0])
     count = zeros.index_add(0, unit, torch.ones_like(x) if mask is None else mask.to(x.dtype))

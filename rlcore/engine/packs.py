@@ -54,7 +54,8 @@ def minibatch_of(
 ) -> Minibatch:
     """The answers to the given prompts, in packs of at most `micro_tokens`.
 
-    A tree holds a prompt once, padded rows repeat it before every answer.
+    A tree holds a prompt once, padded rows repeat it before every answer. A tree that does not share, because that
+    would save less than 5 %, holds so much more.
     """
     device = rollout.batch.device
     prompts, responses = [rollout.prompts[g] for g in groups], [rollout.responses[g] for g in groups]

@@ -22,6 +22,7 @@ from rlcore.adapters.transformers import EXACT_LAYERS, decoder, unwrap
 from rlcore.adapters.transformers_probe import max_depth
 from rlcore.engine.sampler import draw, prefill, shared_length
 from rlcore.engine.seeding import generator
+from rlcore.prefix_tree_build import is_int
 
 KeysValues = list[tuple[Tensor, Tensor]]  # per layer [heads, tokens, head size]
 
@@ -73,6 +74,7 @@ class Sampler:
 
     Sequences end with `eos_id` or after `max_new_tokens` of their own; temperature, top_k and top_p as in `sample`. The
     weights must not change while a sampler is used. Sequences are named by their index in `nodes`.
+    Raises ValueError for settings out of range and for models with layers that no branch can follow.
     """
 
     def __init__(
@@ -87,6 +89,14 @@ class Sampler:
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> None:
+        for name, got, fits, expected in (
+            ("max_new_tokens", max_new_tokens, is_int(max_new_tokens) and max_new_tokens >= 1, "a positive int"),
+            ("temperature", temperature, temperature > 0, "a positive number"),
+            ("top_k", top_k, is_int(top_k) and top_k >= 0, "an int of at least 0"),
+            ("top_p", top_p, 0 < top_p <= 1, "a number above 0 and at most 1"),
+        ):
+            if not fits:
+                raise ValueError(f"{name}: expected {expected}, got {got!r}")
         kinds = sorted(set(getattr(decoder(unwrap(model)).config, "layer_types", None) or ()) - EXACT_LAYERS)
         if kinds:
             raise ValueError(f"model: expected layers that attend to all keys or a window, got {', '.join(kinds)}")
@@ -148,14 +158,13 @@ class Sampler:
         sampled end token as the last of them, and where the new sequences could get longer than rotary frequencies
         allow that depend on the longest sequence.
         """
-        if not 0 <= node < len(self.nodes):
-            raise ValueError(f"node: expected one of {len(self.nodes)} nodes, got {node}")
-        if n < 1:
-            raise ValueError(f"n: expected at least 1, got {n}")
+        self._check_node("node", node)
+        if not is_int(n) or n < 1:
+            raise ValueError(f"n: expected an int of at least 1, got {n!r}")
         path, asked = self.path(node), self.nodes[node]
         at = len(path) if at is None else at
-        if not 1 <= at <= len(path):
-            raise ValueError(f"at: expected 1 to {len(path)}, the tokens of node {node}, got {at}")
+        if not is_int(at) or not 1 <= at <= len(path):
+            raise ValueError(f"at: expected 1 to {len(path)}, the tokens of node {node}, got {at!r}")
         self._check_depth("at", at)
         while at <= self.nodes[node].at:
             node = self.nodes[node].parent
@@ -205,9 +214,14 @@ class Sampler:
         return ended
 
     def table(self, sequences: list[int] | None = None) -> NodeTable:
-        """The tree as it is, with a leaf for each of `sequences` (None: all but prompts), in their order."""
+        """The tree as it is, with a leaf for each of `sequences` (None: all but prompts), in their order.
+
+        Raises ValueError for what is no node.
+        """
         if sequences is None:
             sequences = [i for i, node in enumerate(self.nodes) if node.limit]
+        for s, asked in enumerate(sequences):
+            self._check_node(f"sequences[{s}]", asked)
         cuts: list[set[int]] = [{node.at + len(node.tokens)} for node in self.nodes]
         for node in self.nodes:
             if node.parent >= 0:
@@ -229,6 +243,10 @@ class Sampler:
     def _add(self, node: Node) -> int:
         self.nodes.append(node)
         return len(self.nodes) - 1
+
+    def _check_node(self, name: str, node: int) -> None:
+        if not is_int(node) or not 0 <= node < len(self.nodes):
+            raise ValueError(f"{name}: expected one of {len(self.nodes)} nodes, got {node!r}")
 
     def _check_depth(self, name: str, length: int) -> None:
         if self.max_depth is not None and length + self.max_new_tokens > self.max_depth:

@@ -58,10 +58,10 @@ def evaluate_chunk(
     """`chunk_loss` on rows [start, stop) with its gradients: (loss, metrics, d loss/d logp, d loss/d entropy).
 
     logp and entropy are [stop - start]. Gradients are None where not asked for, that of the entropy also where the
-    objective has no entropy term. Returns None where there is no implementation but the reference.
+    objective has no entropy term. Returns None where there is no implementation but the reference, or no row.
     """
     module = implementation(logp, entropy, objective)
-    if module is None:
+    if module is None or start == stop:
         return None
     # Not batch.chunk: that makes the offsets of the chunk as well, which its rows' coefficients stand for here.
     rows = prepared.batch

@@ -241,10 +241,17 @@ def test_bad_input(model):
         ({"node": 9}, "node: expected one of 1 nodes, got 9"),
         ({"node": node, "at": 3}, "at: expected 1 to 2, the tokens of node 0, got 3"),
         ({"node": node, "at": 0}, "at: expected 1 to 2"),
-        ({"node": node, "n": 0}, "n: expected at least 1, got 0"),
+        ({"node": node, "at": 1.5}, "at: expected 1 to 2, the tokens of node 0, got 1.5"),
+        ({"node": node, "n": 0}, "n: expected an int of at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             tree.branch(**arguments)
+    with pytest.raises(ValueError, match=r"sequences\[0\]: expected one of 1 nodes, got -1"):
+        tree.table([-1])
+    for setting, value in (("temperature", 0.0), ("top_k", -1), ("top_p", 0.0), ("length", 0)):
+        name = "max_new_tokens" if setting == "length" else setting
+        with pytest.raises(ValueError, match=f"{name}: expected .*, got {value}"):
+            sampler(model, **{setting: value})
     children = tree.branch(node, 40)
     tree.run()
     ended = next(i for i in children if tree.nodes[i].tokens[-1] == EOS)

@@ -158,6 +158,23 @@ def test_splitting_changes_nothing(ratio, size, seed, aggregate):
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_a_micro_batch_without_rows_adds_nothing(ratio, aggregate):
+    """Empty answers that a packing put together: loss and gradients are zero, metrics merge."""
+    case = make("random", "bias", torch.float32).fresh()
+    batch = batch_of(case)
+    objective = Objective(ratio, entropy=0.1, kl=KL(), correction=TIS(), aggregate=aggregate, length=16.0)
+    hidden = case.hidden[:0]
+    loss, metrics = linear_policy_loss(
+        hidden, case.weight, batch.take([2]), objective, case.bias, **case.numbers()
+    )
+    loss.backward()
+    assert loss == 0 and all(x.grad is None or not x.grad.any() for x in case.leaves)
+    _, expected = linear_policy_loss(case.hidden, case.weight, batch, objective, case.bias, **case.numbers())
+    assert_same((loss, merge_metrics([expected, metrics]), ()), (loss, expected, ()))
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
 def test_padded_equals_packed_and_masks_hide_everything(ratio, monkeypatch):
     """[B, T] whose mask covers NaN, inf and -100 equals the packed batch of what is left, in every sum."""
     set_chunk(monkeypatch, 123, 9, 4, itemsize=8)
