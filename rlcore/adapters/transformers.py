@@ -159,6 +159,24 @@ def decoder(inner: Any) -> Any:
     return inner.base_model if found is inner else found
 
 
+def max_depth(inner: Any) -> int | None:
+    """The depth up to which rotary frequencies do not depend on the longest path; None where they never do."""
+    limit: int | None = None
+    for module in decoder(inner).modules():
+        kind = getattr(module, "rope_type", None)
+        kinds = set(kind.values()) if isinstance(kind, dict) else {kind}
+        if kinds & {"dynamic", "longrope"}:
+            config = module.config
+            rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+            tables = [rope, *(t for t in rope.values() if isinstance(t, dict))]
+            origin = [
+                t["original_max_position_embeddings"] for t in tables if t.get("original_max_position_embeddings")
+            ]
+            found = min([*origin, config.max_position_embeddings])
+            limit = found if limit is None else min(limit, found)
+    return limit
+
+
 def _attachment(inner: Any) -> Attachment:
     state = getattr(inner, "_rlcore", None)
     if state is None or not _is_attached(decoder(inner)):

@@ -65,26 +65,8 @@ def verify(model: Any) -> Attachment:
             reason = _compare(model, inner, head, seed, exact)
             if not reason:
                 softcap, scale = (head.softcap, head.logit_scale) if head else (None, None)
-                return Attachment(softcap, scale, max_depth(inner))
+                return Attachment(softcap, scale, adapter.max_depth(inner))
     raise AttachError(f"{name}: {reason}")
-
-
-def max_depth(inner: Any) -> int | None:
-    """The depth up to which rotary frequencies do not depend on the longest path; None where they never do."""
-    limit: int | None = None
-    for module in adapter.decoder(inner).modules():
-        kind = getattr(module, "rope_type", None)
-        kinds = set(kind.values()) if isinstance(kind, dict) else {kind}
-        if kinds & {"dynamic", "longrope"}:
-            config = module.config
-            rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-            tables = [rope, *(t for t in rope.values() if isinstance(t, dict))]
-            origin = [
-                t["original_max_position_embeddings"] for t in tables if t.get("original_max_position_embeddings")
-            ]
-            found = min([*origin, config.max_position_embeddings])
-            limit = found if limit is None else min(limit, found)
-    return limit
 
 
 @contextmanager

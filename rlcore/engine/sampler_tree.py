@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlcore.adapters.transformers import EXACT_LAYERS, decoder, unwrap
-from rlcore.adapters.transformers_probe import max_depth
+from rlcore.adapters.transformers import EXACT_LAYERS, decoder, max_depth, unwrap
 from rlcore.engine.sampler import draw, prefill, shared_length
 from rlcore.engine.seeding import generator
 from rlcore.prefix_tree_build import is_int

@@ -8,7 +8,7 @@ from pathlib import Path
 import rlcore
 
 ORDER = ("layout", "algorithms", "kernels", "ops", "methods", "engine", "adapters", "cli")
-GROUND = {"layout_checks": "layout", "prefix_tree": "layout"}
+GROUND = {name: "layout" for name in ("layout_checks", "packing", "prefix_tree", "prefix_tree_build")}
 # The loop's policy is a Hugging Face model: the one way in which the engine looks upward.
 ALLOWED = {("engine", "rlcore.adapters.transformers")}
 
