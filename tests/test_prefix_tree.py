@@ -378,3 +378,4 @@ def test_sharing_is_off_where_it_can_not_pay():
     assert PrefixTree.from_groups([[5] * 300], groups[1]).stats().shared
     assert PrefixTree.from_groups([[5] * 300], groups[1], share=False).M == 1800
     assert PrefixTree.from_paths([[1, 2], [3, 4]]).stats().shared  # nothing to turn off
+    assert PrefixTree.from_groups([[1, 2]], [[]], share=False).M == 2  # a prompt without responses has no path

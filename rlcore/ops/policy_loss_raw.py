@@ -40,8 +40,8 @@ def is_raw(logp: Tensor, entropy: Tensor | None, objective: Objective) -> bool:
 
 
 def implementation(logp: Tensor, entropy: Tensor | None, objective: Objective) -> ModuleType | None:
-    """The module whose `evaluate` computes this objective of these scores; None for the reference."""
-    if not is_raw(logp, entropy, objective):
+    """The module whose `evaluate` computes this objective of these scores; None for the reference, as of no scores."""
+    if not logp.numel() or not is_raw(logp, entropy, objective):
         return None
     if backend.runs_triton(logp, backend.requested()):
         return policy_loss_triton
@@ -61,7 +61,7 @@ def evaluate_chunk(
     objective has no entropy term. Returns None where there is no implementation but the reference, or no row.
     """
     module = implementation(logp, entropy, objective)
-    if module is None or start == stop:
+    if module is None:
         return None
     # Not batch.chunk: that makes the offsets of the chunk as well, which its rows' coefficients stand for here.
     rows = prepared.batch

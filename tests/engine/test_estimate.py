@@ -14,7 +14,7 @@ import torch
 import rlcore as rl
 from rlcore.cli import main
 from rlcore.engine.config_file import load_toml, to_toml
-from rlcore.engine.estimate import estimate, of_forward_pass, shape_of
+from rlcore.engine.estimate import estimate, largest_pack, of_forward_pass, shape_of
 from rlcore.engine.policy import Policy
 
 
@@ -22,6 +22,21 @@ def dry(capsys, tmp_path, config, *arguments: str) -> str:
     (tmp_path / "given.toml").write_text(to_toml(config))
     assert main(["train", "--config", str(tmp_path / "given.toml"), "--dry-run", *arguments]) == 0
     return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("most", [1, 60, 100, 300, 1000])
+def test_the_fullest_pack(tiny, most, padded):
+    """That of a packing of 12 prompts of 11 tokens with 6 answers of 19, also where a group is over the budget."""
+    config = tiny(rollout__prompts=23, rollout__samples=6, rollout__max_new_tokens=19,
+                  update__minibatches=2, update__micro_tokens=most)  # fmt: skip
+    prompt, each = (0, 30) if padded else (11, 19)
+    packs = rl.pack_groups([prompt] * 12, [[each] * 6] * 12, most)
+    tokens = [prompt * len({s // 6 for s in pack}) + each * len(pack) for pack in packs]
+    answers, found = largest_pack(config, 11.0, padded)
+    assert answers == 19 * max(map(len, packs))
+    # Parts of two groups may share a pack of a tree, which is not counted.
+    assert found <= max(tokens) <= (found if padded else found / 0.85)
 
 
 def test_it_prints_the_config_and_writes_nothing(capsys, tiny, tmp_path, monkeypatch):

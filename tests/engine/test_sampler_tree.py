@@ -161,6 +161,16 @@ def test_only_what_runs_is_copied(model):
     assert all(k.untyped_storage().nbytes() == k.numel() * 4 for node in tree.nodes for pair in node.kv for k in pair)
 
 
+def test_columns_that_nothing_needs_are_left_out(model):
+    tree = sampler(model)
+    long, short = (tree.branch(node)[0] for node in tree.start([PROMPTS[0], [5, 6]]))
+    tree.nodes[long].limit = 1
+    assert tree.step() == [long] and tree.nodes[short].running
+    assert [layer.keys.shape[2] for layer in tree._cache.layers] == [len(tree.path(short)) - 1] * 3
+    tree.run()
+    check_logp(model, tree, short)
+
+
 def answers(tree, nodes):
     return [tree.nodes[i].tokens for i in nodes]
 

@@ -366,6 +366,14 @@ def test_packs_of_a_minibatch(started, layout):
     assert sorted(seen) == sequences.tolist() and len(packs) > 1
 
 
+def test_packs_of_whole_groups(started):
+    """Where an objective compares the answers to a prompt, they stay together, also above the budget."""
+    rollout = started()[1]
+    for whole in (True, False):
+        packs = minibatch_of(rollout, [1, 2, 4, 5], UpdateConfig(micro_tokens=1), "tree", whole).packs
+        assert [len(chosen) for chosen, _ in packs] == ([3] * 4 if whole else [1] * 12)
+
+
 def test_scores_come_back_in_the_order_of_the_rollout(started, small):
     """However the answers were dealt and packed, every token has the log-prob and the value of its own answer."""
     found = []

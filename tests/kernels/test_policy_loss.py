@@ -30,6 +30,7 @@ from accuracy import assert_accurate
 from interpreter import INTERPRETED
 from oracles import policy_loss as oracle
 from rlcore.algorithms.policy_loss import chunk_loss, metric_names, prepare_chunks
+from rlcore.layout_checks import PER_TOKEN, PER_TOKEN_OR_SEQUENCE
 from rlcore.ops import policy_loss_raw as raw
 
 pytest.importorskip("triton")
@@ -38,6 +39,18 @@ AGGREGATES = ("token_mean", "seq_mean_token_mean")
 
 
 # ---- values
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_no_rows(device, ratio):
+    """A micro-batch of empty responses alone: nothing to launch on."""
+    case = rich(ratio, "ppo", "token_mean")
+    logp, entropy, batch = make_batch(case, torch.float32)
+    empty = batch.derived(offsets=torch.tensor([0, 0]), **{
+        name: x[:0] for name in (*PER_TOKEN, *PER_TOKEN_OR_SEQUENCE) if (x := getattr(batch, name)) is not None
+    })  # fmt: skip
+    loss, metrics, gradients = run("triton", logp[:0], empty, make_objective(case), entropy[:0], device)
+    assert loss == 0 and metrics["tokens"] == 0 and all(g.shape == (0,) for g in gradients)
 
 
 @pytest.mark.parametrize(("ratio", "surrogate", "aggregate"), CUBE)
