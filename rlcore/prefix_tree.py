@@ -15,8 +15,9 @@ from rlcore.prefix_tree_build import Tokens
 
 # What `predict` holds for a path or a node: the first predicted index, or 0/1 per token.
 Predict = Sequence[int | Sequence[int]]
-# Sharing is on from so many tokens of all paths apart per packed token. CPU time of a model step (Qwen3 of 4 x 256),
-# paths apart over shared, with attention in C++ and composed of flash calls, which pays for every run of rows:
+# Sharing is on from so many tokens, or query-key pairs, of all paths apart per packed one. CPU time of a model step
+# (Qwen3 of 4 x 256) by tokens, paths apart over shared, with attention in C++ and composed of flash calls, which pays
+# for every run of rows:
 #   one shared token, 8 or 32 branches  1.003 to 1.016: 0.96 to 1.03, 0.98 to 1.01  1.054, 1.060: 1.11 to 1.13, 0.98
 #   random tries of 40 to 200 paths     1.001 to 1.028: 1.02 to 1.04, 0.94 to 1.01  1.056 to 1.140: 1.07 to 1.15, 1.02+
 # Attention alone is up to 1.7 times slower where it is composed, up to 1.3 times in C++.
@@ -249,8 +250,11 @@ class PrefixTree:
 
 def _shared(tree: PrefixTree, share: bool | None, device: torch.device | str | None) -> PrefixTree:
     if share is None:
-        repeated = int((tree.position[tree.last_rows] + 1).sum())
-        share = not tree.M < repeated < SHARE_FROM * tree.M
+        lengths = tree.position[tree.last_rows] + 1
+        repeated, pairs = int(lengths.sum()), int((lengths * (lengths + 1)).sum()) // 2
+        # A long prompt among many short paths: few tokens less, but most of what attention does.
+        little = pairs < SHARE_FROM * int((tree.position + 1).sum())
+        share = not (tree.M < repeated < SHARE_FROM * tree.M and little)
     return (tree if share else tree.unshared()).to(device or "cpu")
 
 

@@ -378,4 +378,7 @@ def test_sharing_is_off_where_it_can_not_pay():
     assert PrefixTree.from_groups([[5] * 300], groups[1]).stats().shared
     assert PrefixTree.from_groups([[5] * 300], groups[1], share=False).M == 1800
     assert PrefixTree.from_paths([[1, 2], [3, 4]]).stats().shared  # nothing to turn off
+    # Few tokens are shared, but by far most query-key pairs: a long prompt beside many short paths.
+    deep = PrefixTree.from_paths([[9] * 400 + [1], [9] * 400 + [2], *([i] * 8 for i in range(10, 1210))])
+    assert deep.stats().token_bound < 1.05 < deep.stats().attention_bound and deep.stats().shared
     assert PrefixTree.from_groups([[1, 2]], [[]], share=False).M == 2  # a prompt without responses has no path
