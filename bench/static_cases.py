@@ -137,8 +137,10 @@ def vocab_head() -> dict[str, Case]:
     one, bias, mask, target = torch.ones(()), empty(V), empty(n, dtype=torch.bool), torch.zeros(n, dtype=torch.int64)
     stats = tuple(empty(n) for _ in range(4))
 
-    def statistics(logits: Tensor, entropy: bool, *head: Tensor | None) -> Any:
-        return kernels.statistics(logits, target, *head, entropy)
+    further = (target, empty(n))
+
+    def statistics(logits: Tensor, entropy: bool, *head: Tensor | None, more: Any = None) -> Any:
+        return kernels.statistics(logits, target, *head, entropy, more)
 
     def gradient(logits: Tensor, entropy: bool, *head: Tensor | None, dtype: torch.dtype | None = None) -> Any:
         out = kernels.narrower(logits, dtype or logits.dtype)
@@ -161,6 +163,11 @@ def vocab_head() -> dict[str, Case]:
         cases[f"fused {name}"] = partial(run, None, None, one, None, one, False)
         cases[f"fused {name} masked bias entropy"] = partial(run, mask, bias, empty(n), None, one, True)
         cases[f"fused {name} masked softcap entropy"] = partial(run, mask, None, empty(n), one, one, True)
+        label, head = " bias softcap entropy", heads[" bias softcap entropy"]
+        cases[f"statistics {name}{label} top-1"] = partial(statistics, logits, *head, more=further)
+        cases[f"fused {name} masked bias entropy top-1"] = partial(run, mask, bias, empty(n), None, one, True, further)
+        run = partial(run, mask, None, empty(n), one, one, True)
+        cases[f"fused {name} masked softcap entropy top-1"] = partial(run, further)
     # Rows of a vocabulary of odd size: no wide loads.
     cases["statistics float32 odd"] = partial(statistics, empty(n, 50257), True, None, one, None, one)
     cases["gradient float32 odd"] = partial(gradient, empty(n, 50257), True, None, one, None, one)
@@ -178,6 +185,6 @@ QUICK = {
                  "linear float64"],
     "prefix_attention": ["bfloat16 head size 128"],
     "policy_loss": ["sequence ppo full"],
-    "vocab_head": ["statistics float32 bias softcap entropy", "gradient float32 to bfloat16 entropy",
+    "vocab_head": ["statistics float32 bias softcap entropy top-1", "gradient float32 to bfloat16 entropy",
                    "fused bfloat16 masked bias entropy"],
 }

@@ -2,15 +2,16 @@
 
     z = softcap * tanh(logit_scale * (a + b) / softcap) / temperature    (no softcap: logit_scale (a + b) / temperature)
     logp = z_y - lse(z)        H = -sum_v p_v log p_v
+    if asked for also argmax_v p_v and sum_v p_v^2
     d a_v = (d_logp (1[v = y] - p_v) - d_entropy p_v (log p_v + H)) dz_v/da_v
 
 a is fp32, bf16 or fp16, [n, V] or [B, T, V] whose rows lie anywhere, unit stride along V; all arithmetic is fp32.
-Memory traffic: statistics read the logits once (4nV bytes in fp32) and write 16 bytes a row; the gradient reads them
-once and writes 4nV or 2nV bytes. Both are bound by memory: one exponential per logit is a third of what the special
-function units do while its four bytes arrive. One program owns one row, so a row's numbers do not depend on the others.
-The gradient may be written over the logits, on NVIDIA also in a narrower dtype: bf16 then fills the first half of each
-fp32 row. How many rows there are, how far apart and at which address is no constant of a kernel; whether every row
-begins at a multiple of 16 bytes is one, for without it no load is wider than an element.
+Memory traffic: statistics read the logits once (4nV bytes in fp32) and write 16 to 28 bytes a row; the gradient reads
+them once and writes 4nV or 2nV bytes. Both are bound by memory: one exponential per logit is a third of what the
+special function units do while its four bytes arrive. One program owns one row, so a row's numbers do not depend on
+the others. The gradient may be written over the logits, on NVIDIA also in a narrower dtype: bf16 then fills the first
+half of each fp32 row. How many rows there are, how far apart and at which address is no constant of a kernel; whether
+every row begins at a multiple of 16 bytes is one, for without it no load is wider than an element.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 # 4,096 logits in 8 warps are 16 a thread: four 16-byte loads in flight each, 16 KiB a program; with the sums beside
-# them 45 to 80 registers, so that three to five programs share a processor and cover the latency of memory.
+# them 45 to 80 registers, so that three to five programs share a processor and cover the latency of memory; with the
+# likeliest entry 126 to 150, and one or two programs.
 BLOCK = 4096
 # The gradient has more to hold for every logit: with 2,048 it is 25 to 60 registers, so that four to eight programs
 # share a processor, each thread with 16 or 32 bytes in flight.
@@ -91,8 +93,9 @@ def load_raw(a_ptr, bias_ptr, column, V, WHOLE: tl.constexpr, BIASED: tl.constex
 
 
 @triton.jit
-def fold(z, top, total, weighted, ENTROPY: tl.constexpr):
-    """Logits z [BLOCK] into a row's running maximum, sum of exp(z - top) and sum of exp(z - top) (z - top), by lane."""
+def fold(z, first, top, total, weighted, squares, best, ENTROPY: tl.constexpr, FURTHER: tl.constexpr):
+    """Logits z [BLOCK], of the entries from `first` on, into a row's numbers: the running maximum; by lane the sums of
+    e = exp(z - top), of e (z - top) and of e^2; and the lowest entry that has the maximum."""
     higher = tl.maximum(top, tl.max(z, 0))
     down = tl.maximum(top - higher, LOG_ZERO)  # finite, so that times an empty sum it is 0
     shrink = tl.exp(down)
@@ -100,7 +103,11 @@ def fold(z, top, total, weighted, ENTROPY: tl.constexpr):
     e = tl.exp(below)
     if ENTROPY:
         weighted = shrink * (weighted + total * down) + e * below
-    return higher, shrink * total + e, weighted
+    if FURTHER:
+        squares = shrink * shrink * squares + e * e
+        found = first + tl.min(tl.where(z == higher, tl.arange(0, z.shape[0]), z.shape[0]), 0)
+        best = tl.where(higher > top, found, best)
+    return higher, shrink * total + e, weighted, squares, best
 
 
 @triton.jit
@@ -130,11 +137,14 @@ def statistics_kernel(
     log_sum_ptr,
     logp_ptr,
     entropy_ptr,
+    top1_ptr,  # [n] int64, or None, as the next
+    sum_sq_ptr,
     BLOCK: tl.constexpr,
     BIASED: tl.constexpr,
     ALIGNED: tl.constexpr,
     CAPPED: tl.constexpr,
     ENTROPY: tl.constexpr,
+    FURTHER: tl.constexpr,
 ):
     """Program r: the statistics of row r in one sweep. A label outside [0, V) has no log-prob: NaN."""
     row = tl.program_id(0).to(tl.int64)
@@ -144,14 +154,16 @@ def statistics_kernel(
     top = tl.full([], LOWEST, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
+    squares = tl.zeros([BLOCK], tl.float32)
+    best = tl.full([], 0, tl.int32)
     whole = V // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         z = bend(load_raw(a_ptr, bias_ptr, start + lane, V, True, BIASED), inner, outer, CAPPED)[0]
-        top, total, weighted = fold(z, top, total, weighted, ENTROPY)
+        top, total, weighted, squares, best = fold(z, start, top, total, weighted, squares, best, ENTROPY, FURTHER)
     if whole < V:
         z = bend(load_raw(a_ptr, bias_ptr, whole + lane, V, False, BIASED), inner, outer, CAPPED)[0]
         z = tl.where(whole + lane < V, z, float("-inf"))  # a softcap, or a negative scale, has bent -inf
-        top, total, weighted = fold(z, top, total, weighted, ENTROPY)
+        top, total, weighted, squares, best = fold(z, whole, top, total, weighted, squares, best, ENTROPY, FURTHER)
     total = tl.sum(total, 0)
     log_sum = tl.log(total)
     label = tl.load(target_ptr + row)
@@ -167,6 +179,9 @@ def statistics_kernel(
     if ENTROPY:
         # H = log_sum - sum_v p_v (z_v - top)
         tl.store(entropy_ptr + row, log_sum - tl.sum(weighted, 0) / total)
+    if FURTHER:
+        tl.store(top1_ptr + row, best.to(tl.int64))
+        tl.store(sum_sq_ptr + row, tl.sum(squares, 0) / (total * total))
 
 
 @triton.jit
@@ -288,8 +303,11 @@ def statistics(
     softcap: Tensor | None,
     logit_scale: Tensor,
     entropy: bool,
+    further: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(maximum, log_sum, logp, entropy), each [n] fp32; entropy is zeros unless asked for.
+
+    `further` receives the likeliest entries [n] int64, of several the lowest, and sums of p^2 [n] fp32.
 
     logits [n, V] or [B, T, V], target [n] int64, temperature 0-d or [n], softcap and logit_scale 0-d, on one device.
     """
@@ -298,8 +316,9 @@ def statistics(
     if n:
         statistics_kernel[(n,)](
             logits, *rows_of(logits), V, target, bias, *numbers(temperature, softcap, logit_scale), *out,
+            *((None, None) if further is None else further),
             BLOCK=BLOCK, BIASED=bias is not None, ALIGNED=is_aligned(logits), CAPPED=softcap is not None,
-            ENTROPY=entropy, num_warps=NUM_WARPS, enable_fp_fusion=False,
+            ENTROPY=entropy, FURTHER=further is not None, num_warps=NUM_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     if not entropy:
         out[3].zero_()

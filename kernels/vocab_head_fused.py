@@ -2,15 +2,16 @@
 
     z = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature
     maximum, log_sum = log sum_v exp(z_v - maximum), logp = z_y - maximum - log_sum, H = -sum_v p_v log p_v
+    if asked for also argmax_v p_v and sum_v p_v^2
 
 2NHV FLOPs. Program (t, s, g) owns a tile of rows and a range of SPLIT vocabulary entries: it walks the range tile by
-tile, each a product over the whole hidden size, and keeps four numbers a row online; a second kernel merges the ranges
-in order. Memory: 16 bytes per row and range, and nothing else. The GROUP row tiles of a group run side by side over one
-range after another: their rows stay in the L2 cache, and W comes from memory once per group.
+tile, each a product over the whole hidden size, and keeps four to six numbers a row online; a second kernel merges the
+ranges in order. Memory: 16 to 24 bytes per row and range, and nothing else. The GROUP row tiles of a group run side by
+side over one range after another: their rows stay in the L2 cache, and W comes from memory once per group.
 
-Tiles and ranges are fixed by dtype, vocabulary, softcap and kind of GPU, never by the number of rows, so a row's
-numbers are the same bits in any batch. Masked rows are not read, and a tile of nothing else is skipped. Speed is not
-measured yet.
+Tiles and ranges are fixed by dtype, vocabulary, softcap, what is asked for and kind of GPU, never by the number of
+rows, so a row's numbers are the same bits in any batch. Masked rows are not read, and a tile of nothing else is
+skipped. Speed is not measured yet.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from rlcore.kernels.vocab_head import LOG_ZERO, LOWEST, at_least, bend, numbers
 # compiler's (bench/static).
 TILES = {
     # The sums of 128 x 256 are 128 of a thread's 255 registers; three stages of operands are 144 of 227 KiB. A fourth,
-    # or the softcap's arithmetic, put registers on the stack.
+    # or the arithmetic of a softcap or of `further`, put registers on the stack.
     "sm_90": (128, 256, 64, 8, 3),
-    "sm_90 softcap": (128, 128, 64, 8, 4),
+    "sm_90 small": (128, 128, 64, 8, 4),
     # The sums of 128 x 256 leave the tensor memory all at once: with a softcap a thread kept 1 to 3 KiB on the stack,
     # of 128 x 128 nothing. Four stages are 128 KiB.
     "sm_100": (128, 128, 64, 8, 4),
@@ -68,7 +69,9 @@ def tile_statistics_kernel(
     temperature_stride,
     softcap_ptr,
     logit_scale_ptr,
-    part_ptr,  # [splits, 4, n]: maximum, sum of exp(z - maximum), z of the label, sum of exp(z - maximum) (z - maximum)
+    # [splits, 4, n]: maximum, sum of e = exp(z - maximum), z of the label, sum of e (z - maximum); with FURTHER 6 and
+    # not 4: sum of e^2, and the bits of the entry that has the maximum
+    part_ptr,
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -77,6 +80,7 @@ def tile_statistics_kernel(
     BIASED: tl.constexpr,
     CAPPED: tl.constexpr,
     ENTROPY: tl.constexpr,
+    FURTHER: tl.constexpr,
 ):
     """Program (t, s, g): row tile t of group g over vocabulary entries [s SPLIT, (s + 1) SPLIT)."""
     tile = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
@@ -89,6 +93,8 @@ def tile_statistics_kernel(
     total = tl.zeros([ROWS], tl.float32)
     weighted = tl.zeros([ROWS], tl.float32)
     at_label = tl.zeros([ROWS], tl.float32)
+    squares = tl.zeros([ROWS], tl.float32)
+    best = tl.zeros([ROWS], tl.int32)
     if tl.max(keep.to(tl.int32), 0) > 0:
         label = tl.load(target_ptr + row, mask=keep, other=-1)
         temperature = tl.load(temperature_ptr + row * temperature_stride, mask=keep, other=1.0)
@@ -122,15 +128,22 @@ def tile_statistics_kernel(
             e = tl.exp(below)
             if ENTROPY:
                 weighted = shrink * (weighted + total * down) + tl.sum(e * below, 1)
+            if FURTHER:
+                squares = shrink * shrink * squares + tl.sum(e * e, 1)
+                found = tl.min(tl.where(z == higher[:, None], column[None, :], V), 1)
+                best = tl.where(higher > top, found.to(tl.int32), best)
             total = shrink * total + tl.sum(e, 1)
             top = higher
     step = n.to(tl.int64)
-    part_ptr += split * 4 * step + row
+    part_ptr += split * (6 if FURTHER else 4) * step + row
     tl.store(part_ptr, top, mask=row < n)
     tl.store(part_ptr + step, total, mask=row < n)
     tl.store(part_ptr + 2 * step, at_label, mask=row < n)
     if ENTROPY:
         tl.store(part_ptr + 3 * step, weighted, mask=row < n)
+    if FURTHER:
+        tl.store(part_ptr + 4 * step, squares, mask=row < n)
+        tl.store(part_ptr + 5 * step, best.to(tl.float32, bitcast=True), mask=row < n)
 
 
 @triton.jit(do_not_specialize=["n", "splits"], do_not_specialize_on_alignment=["target_ptr", "mask_ptr"])
@@ -142,12 +155,15 @@ def merge_kernel(
     log_sum_ptr,
     logp_ptr,
     entropy_ptr,
+    top1_ptr,  # [n] int64, or None, as the next
+    sum_sq_ptr,
     n,
     V,
     splits,
     ROWS: tl.constexpr,
     MASKED: tl.constexpr,
     ENTROPY: tl.constexpr,
+    FURTHER: tl.constexpr,
 ):
     """The ranges of a row, in order; zeros where masked, logp NaN where the label is outside the vocabulary."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -160,8 +176,10 @@ def merge_kernel(
     total = tl.zeros([ROWS], tl.float32)
     weighted = tl.zeros([ROWS], tl.float32)
     at_label = tl.zeros([ROWS], tl.float32)
+    squares = tl.zeros([ROWS], tl.float32)
+    best = tl.zeros([ROWS], tl.int32)
     for split in range(splits):
-        part = part_ptr + split * 4 * step + row
+        part = part_ptr + split * (6 if FURTHER else 4) * step + row
         found = tl.load(part, mask=there, other=LOWEST)
         found_total = tl.load(part + step, mask=there, other=0.0)
         at_label += tl.load(part + 2 * step, mask=there, other=0.0)
@@ -171,6 +189,11 @@ def merge_kernel(
         if ENTROPY:
             found_weighted = tl.load(part + 3 * step, mask=there, other=0.0)
             weighted = shrink * (weighted + total * down) + found_shrink * (found_weighted + found_total * found_down)
+        if FURTHER:
+            found_squares = tl.load(part + 4 * step, mask=there, other=0.0)
+            squares = shrink * shrink * squares + found_shrink * found_shrink * found_squares
+            found_best = tl.load(part + 5 * step, mask=there, other=0.0).to(tl.int32, bitcast=True)
+            best = tl.where(found > top, found_best, best)
         total = shrink * total + found_shrink * found_total
         top = higher
     label = tl.load(target_ptr + row, mask=there, other=-1)
@@ -181,9 +204,12 @@ def merge_kernel(
     tl.store(logp_ptr + row, tl.where(keep, logp, 0.0), mask=there)
     entropy = log_sum - weighted / total if ENTROPY else tl.zeros([ROWS], tl.float32)
     tl.store(entropy_ptr + row, tl.where(keep, entropy, 0.0), mask=there)
+    if FURTHER:
+        tl.store(top1_ptr + row, tl.where(keep, best, 0).to(tl.int64), mask=there)
+        tl.store(sum_sq_ptr + row, tl.where(keep, squares / (total * total), 0.0), mask=there)
 
 
-def tiles(dtype: torch.dtype, capped: bool) -> tuple[int, int, int, int, int]:
+def tiles(dtype: torch.dtype, small: bool) -> tuple[int, int, int, int, int]:
     if dtype == torch.float32:
         return TILES["float32"]
     if triton.knobs.runtime.interpret:
@@ -192,7 +218,7 @@ def tiles(dtype: torch.dtype, capped: bool) -> tuple[int, int, int, int, int]:
     if target.backend == "hip":
         return TILES["amd"]
     if target.arch == 90:
-        return TILES["sm_90 softcap" if capped else "sm_90"]
+        return TILES["sm_90 small" if small else "sm_90"]
     return TILES["sm_100" if 100 <= target.arch < 120 else "sm_80"]
 
 
@@ -206,16 +232,19 @@ def statistics(
     softcap: Tensor | None,
     logit_scale: Tensor,
     entropy: bool,
+    further: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(maximum, log_sum, logp, entropy), each [n] fp32, zero where masked; entropy is zeros unless asked for.
+
+    `further` receives the likeliest entries [n] int64, of several the lowest, and sums of p^2 [n] fp32.
 
     hidden [n, H] and weight [V, H] of one dtype, bf16, fp16 or fp32, unit stride along H; target, mask, bias and
     temperature contiguous; all on one device.
     """
     (n, H), V = hidden.shape, weight.shape[0]
-    rows, columns, depth, warps, stages = tiles(hidden.dtype, softcap is not None)
+    rows, columns, depth, warps, stages = tiles(hidden.dtype, softcap is not None or further is not None)
     splits = triton.cdiv(V, SPLIT)
-    part = torch.empty((splits, 4, n), dtype=torch.float32, device=hidden.device)
+    part = torch.empty((splits, 4 if further is None else 6, n), dtype=torch.float32, device=hidden.device)
     out = tuple(torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(4))
     # As 32 bits: from a mask of 8 bits before the load of a float32 operand, Triton 3.7 concludes on sm_100 that the
     # operand has no more digits, and multiplies in TF32.
@@ -227,11 +256,12 @@ def statistics(
             hidden, hidden.stride(0), weight, weight.stride(0), n, V, H, target, mask, bias,
             *numbers(temperature, softcap, logit_scale), part,
             SPLIT=SPLIT, ROWS=rows, COLUMNS=columns, DEPTH=depth, MASKED=mask is not None, BIASED=bias is not None,
-            CAPPED=softcap is not None, ENTROPY=entropy, num_warps=warps, num_stages=stages,
-            enable_fp_fusion=False,
+            CAPPED=softcap is not None, ENTROPY=entropy, FURTHER=further is not None, num_warps=warps,
+            num_stages=stages, enable_fp_fusion=False,
         )  # fmt: skip
         merge_kernel[(triton.cdiv(n, MERGE_ROWS),)](
-            part, target, mask, *out, n, V, splits,
-            ROWS=MERGE_ROWS, MASKED=mask is not None, ENTROPY=entropy, num_warps=4, enable_fp_fusion=False,
+            part, target, mask, *out, *((None, None) if further is None else further), n, V, splits,
+            ROWS=MERGE_ROWS, MASKED=mask is not None, ENTROPY=entropy, FURTHER=further is not None, num_warps=4,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return out

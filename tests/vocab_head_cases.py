@@ -63,15 +63,22 @@ class Case:
             None if self.mask is None else self.mask.reshape(-1).numpy() != 0,
         )  # fmt: skip
 
-    def baseline(self) -> tuple[Tensor, Tensor]:
-        """logp and entropy as a few lines of plain torch in the inputs' dtype make them."""
-        mask = torch.ones(self.target.shape, dtype=torch.bool) if self.mask is None else self.mask.bool()
+    def kept(self) -> Tensor:
+        return torch.ones(self.target.shape, dtype=torch.bool) if self.mask is None else self.mask.bool()
+
+    def log_p(self) -> Tensor:
+        """All log-probs as a few lines of plain torch in the inputs' dtype make them; anything where masked."""
+        mask = self.kept()
         z = F.linear(torch.where(mask[..., None], self.hidden, 0), self.weight, self.bias) * self.logit_scale
         if self.softcap is not None:
             z = self.softcap * torch.tanh(z / self.softcap)
         t = self.temperature
         z = z / (t[..., None].to(z.dtype) if isinstance(t, Tensor) and t.dim() else t)
-        log_p = z.log_softmax(-1)
+        return z.log_softmax(-1)
+
+    def baseline(self) -> tuple[Tensor, Tensor]:
+        """logp and entropy from `log_p`."""
+        mask, log_p = self.kept(), self.log_p()
         label = torch.where(mask, self.target, 0)
         logp = log_p.gather(-1, label[..., None])[..., 0]
         entropy = -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)
@@ -135,6 +142,20 @@ def check_forward(case: Case, logp: Tensor, entropy: Tensor | None) -> None:
     assert_accurate(logp, expected_logp.reshape(shape), base_logp, name="logp")
     if entropy is not None:
         assert_accurate(entropy, expected_entropy.reshape(shape), base_entropy, name="entropy")
+
+
+def check_further(case: Case, top1: Tensor, top1_logp: Tensor, sum_sq: Tensor) -> None:
+    """The likeliest token is one to rounding; its log-prob and sum p^2 by the rule; zeros where masked."""
+    log_p, expected = case.oracle().further()
+    base = torch.where(case.kept()[..., None], case.log_p(), 0).detach()
+    shape = case.target.shape
+    assert top1.dtype == torch.int64 and top1.shape == top1_logp.shape == sum_sq.shape == shape
+    at_top = torch.from_numpy(log_p).gather(1, top1.reshape(-1, 1)).squeeze(1)
+    assert_accurate(at_top.to(sum_sq.dtype), log_p.max(1), base.amax(-1).reshape(-1), name="top1")
+    assert_accurate(top1_logp, log_p.max(1).reshape(shape), base.amax(-1), name="top1_logp")
+    assert_accurate(sum_sq, expected.reshape(shape), (2 * base).exp().sum(-1) * case.kept(), name="sum_sq")
+    for x in (top1, top1_logp, sum_sq):
+        assert not x[~case.kept()].any() and not x.requires_grad
 
 
 def check_gradients(case: Case, found: list[Tensor], with_logp: bool = True, with_entropy: bool = True) -> None:

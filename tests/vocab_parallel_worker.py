@@ -39,9 +39,9 @@ def run(name: str, part: slice):
     case = case_of(name)
     bias = None if case.bias is None else case.bias[part]
     own = replace(case, weight=case.weight[part], bias=bias).fresh()
-    out = rl.vocab_parallel_logprob(own.hidden, own.weight, own.target, part.start, entropy=True, **own.kwargs(),
-                                    chunk_bytes=20 * V * 4)  # fmt: skip
-    return [*out, *torch.autograd.grad(out, own.leaves, coefficients(case))]
+    out = rl.vocab_parallel_logprob(own.hidden, own.weight, own.target, part.start, entropy=True, statistics=True,
+                                    **own.kwargs(), chunk_bytes=20 * V * 4)  # fmt: skip
+    return [*out, *torch.autograd.grad(out[:2], own.leaves, coefficients(case))]
 
 
 if __name__ == "__main__":

@@ -46,6 +46,11 @@ class LogProbs(NamedTuple):
 
     logp: Tensor
     entropy: Tensor | None  # None unless asked for
+    # With `statistics`, and without a gradient: the likeliest token (of several the lowest id) in int64, its log-prob,
+    # and sum_v p_v^2.
+    top1: Tensor | None = None
+    top1_logp: Tensor | None = None
+    sum_sq: Tensor | None = None
 
 
 # ------------------------------------------------------------------------------------------------ the formula
@@ -82,8 +87,12 @@ def logprob(
     temperature: Number = 1.0,
     entropy: bool = False,
     mask: Tensor | None = None,
+    statistics: bool = False,
 ) -> LogProbs:
-    """logp = log_softmax(z / temperature)[target] and the entropy, from logits [..., V] that exist; plain autograd."""
+    """logp = log_softmax(z / temperature)[target] and the entropy, from logits [..., V] that exist; plain autograd.
+
+    `statistics` adds the likeliest token, its log-prob and sum_v p_v^2, without a gradient.
+    """
     check_scores(logits, target, mask, temperature)
     V = logits.shape[-1]
     z = logits if logits.dtype == torch.float64 else logits.float()
@@ -95,10 +104,15 @@ def logprob(
     log_p = z.log_softmax(-1)
     logp = log_p.gather(-1, label[..., None]).squeeze(-1)
     logp = torch.where(kept, torch.where(valid, logp, torch.nan), 0)
-    if not entropy:
-        return LogProbs(logp, None)
-    H = -(log_p.exp() * log_p.clamp(min=LOG_ZERO)).sum(-1)
-    return LogProbs(logp, torch.where(kept, H, 0))
+    out = LogProbs(logp, None)
+    if entropy:
+        H = -(log_p.exp() * log_p.clamp(min=LOG_ZERO)).sum(-1)
+        out = out._replace(entropy=torch.where(kept, H, 0))
+    if not statistics:
+        return out
+    fixed = z.detach()
+    found = (fixed.argmax(-1), log_p.detach().amax(-1), fixed.softmax(-1).square().sum(-1))
+    return LogProbs(out.logp, out.entropy, *(torch.where(kept, x, 0) for x in found))
 
 
 def linear_logprob(
@@ -111,6 +125,7 @@ def linear_logprob(
     logit_scale: Number = 1.0,
     entropy: bool = False,
     mask: Tensor | None = None,
+    statistics: bool = False,
 ) -> LogProbs:
     """Log-probs of `target` [N] or [B, T] (and entropies) under the head, in plain autograd: the reference."""
     check_head(hidden, weight, target, bias, mask, temperature, softcap, logit_scale)
@@ -119,7 +134,7 @@ def linear_logprob(
         if isinstance(temperature, Tensor) and temperature.dim():
             temperature = torch.where(mask != 0, temperature, 1)
     z = logits(hidden, weight, bias, temperature, softcap, logit_scale)
-    return logprob(z, target, 1.0, entropy, mask)
+    return logprob(z, target, 1.0, entropy, mask, statistics)
 
 
 def linear_policy_loss(

@@ -68,6 +68,22 @@ class RowStatistics(NamedTuple):
         return RowStatistics(*(x[rows] for x in self))
 
 
+class Further(NamedTuple):
+    """Per row [n], where asked for: the likeliest entry (of several the lowest), int64, and sum_v p_v^2.
+
+    The likeliest entry's z is the maximum, so its log-prob is -log_sum.
+    """
+
+    top1: Tensor
+    sum_sq: Tensor
+
+    def of(self, rows: Rows) -> Further:
+        return Further(self.top1[rows], self.sum_sq[rows])
+
+    def put(self, rows: Rows, found: Further) -> None:
+        self.top1[rows], self.sum_sq[rows] = found
+
+
 class Coefficients(NamedTuple):
     """Per row [n]: d loss / d logp and d loss / d entropy (None: no entropy gradient)."""
 
@@ -204,41 +220,32 @@ def block_statistics(z: Tensor, target: Tensor, entropy: bool) -> RowStatistics:
     return RowStatistics(maximum, log_sum, torch.where(valid, logp, torch.nan), H)
 
 
-def statistics_(a: Tensor, target: Tensor, scale: Scale, entropy: bool) -> RowStatistics:
+def block_further(z: Tensor, stats: RowStatistics) -> Further:
+    """What else a block of logits [n, V] has, beside its statistics; z is left as it is."""
+    # Not exp(2 (z - maximum - log_sum)): the rounding of log_sum would be that of every p.
+    e = (z - stats.maximum[:, None]).exp_()
+    total = e.sum(1)
+    return Further(z.argmax(1), e.square_().sum(1).div_(total).div_(total))
+
+
+def bent_further(further: Further, bent: Tensor, stats: RowStatistics, scale: Scale) -> None:
+    """Fills `further` from a chunk that `bend_`, or another implementation of the row pass, has bent."""
+    for rows in blocks(bent.shape[0], bent.shape[1], bent.dtype, bent.device):
+        further.put(rows, block_further(logits_of(bent[rows], scale.of(rows)), stats.of(rows)))
+
+
+def statistics_(
+    a: Tensor, target: Tensor, scale: Scale, entropy: bool, further: Further | None = None
+) -> RowStatistics:
     """Row pass 1 over a chunk of raw logits [n, V], which are bent in place; returns its statistics."""
     out = RowStatistics(*(a.new_empty(a.shape[0]) for _ in RowStatistics._fields))
     for rows in blocks(a.shape[0], a.shape[1], a.dtype, a.device):
         z = logits_of(bend_(a[rows], scale.of(rows)), scale.of(rows))
         for x, y in zip(out, block_statistics(z, target[rows], entropy), strict=True):
             x[rows] = y
+        if further is not None:
+            further.put(rows, block_further(z, out.of(rows)))
     return out
-
-
-def merge_shards(shards: RowStatistics, target: Tensor, first: Tensor, last: Tensor) -> RowStatistics:
-    """Statistics over the whole vocabulary from those of its shards, each field [shards, n], merged in their order.
-
-    Shard s holds the entries [first[s], last[s]); target [n] counts through all of them. With M the highest maximum
-    and S = sum_s exp(m_s - M + log_sum_s):
-
-        logp = (z_y - m_s) + (m_s - M) - log S        H = log S - sum_s exp(m_s - M + log_sum_s) / S * mean_s(z - M)
-    """
-    # A shard of forbidden entries alone (padding) has no statistics: its part of S is exp(LOG_ZERO), which is 0.
-    empty = shards.maximum <= torch.finfo(shards.maximum.dtype).min
-    shards = shards._replace(
-        log_sum=shards.log_sum.masked_fill(empty, 0),
-        logp=shards.logp.masked_fill(empty, -torch.inf),
-        entropy=shards.entropy.masked_fill(empty, 0),
-    )
-    maximum = shards.maximum.amax(0)
-    down = (shards.maximum - maximum).clamp_(min=LOG_ZERO)
-    part = (down + shards.log_sum).exp()
-    total = part.sum(0)
-    log_sum = total.log()
-    here = (target >= first[:, None]) & (target < last[:, None])
-    at_label = torch.where(here, shards.logp + shards.log_sum + (shards.maximum - maximum), 0).sum(0)
-    logp = torch.where(here.any(0), at_label - log_sum, torch.nan)
-    mean = (shards.log_sum - shards.entropy + down).mul_(part).sum(0)
-    return RowStatistics(maximum, log_sum, logp, log_sum - mean / total)
 
 
 def block_gradient_(bent: Tensor, target: Tensor, stats: RowStatistics, d: Coefficients, scale: Scale) -> Tensor:
@@ -299,7 +306,7 @@ def gradient_(
 class RowPasses(NamedTuple):
     """The row passes of one implementation, and its way to differentiate an objective (None: autograd)."""
 
-    statistics: Callable[[Tensor, Tensor, Scale, bool], RowStatistics]
+    statistics: Callable[..., RowStatistics]
     gradient: Callable[..., tuple[Tensor, Rows]]
     objective: Callable[..., tuple[Tensor, dict[str, Tensor], Tensor | None, Tensor | None] | None] | None = None
 
@@ -312,6 +319,10 @@ TORCH = RowPasses(statistics_, gradient_)
 
 def empty_statistics(N: int, dtype: torch.dtype, device: torch.device) -> RowStatistics:
     return RowStatistics(*(torch.zeros(N, dtype=dtype, device=device) for _ in RowStatistics._fields))
+
+
+def empty_further(N: int, dtype: torch.dtype, device: torch.device) -> Further:
+    return Further(torch.zeros(N, dtype=torch.int64, device=device), torch.zeros(N, dtype=dtype, device=device))
 
 
 def logits_buffer(weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
@@ -338,9 +349,11 @@ def forward_chunks(
     passes: RowPasses = TORCH,
     chunk_bytes: int | None = None,
     sharded: bool = False,
+    further: Further | None = None,
 ) -> tuple[RowStatistics, Tensor]:
     """Statistics of every row [N], zero where masked: 2NHV. With `gradient` also d logp / d hidden [N, H]: 4NHV.
 
+    `further`, of N zeros, is filled likewise.
     Where the weight is a shard of the vocabulary (`sharded`), a label outside it has the log-prob NaN and is no error.
     """
     N, V, dtype = hidden.shape[0], weight.shape[0], scale.logit_scale.dtype
@@ -356,7 +369,7 @@ def forward_chunks(
     for part in even_chunks(rows, buffer.shape[0]):
         h = take_hidden(hidden, part, mask, products.product_dtype(weight, dtype))
         z = products.project(h, weight, buffer[: count(part)])
-        found = passes.statistics(z, target[part], scale.of(part), entropy)
+        found = row_statistics(passes, z, target, part, scale, entropy, further)
         for x, y in zip(stats, found, strict=True):
             x[part] = y
         if gradient:
@@ -367,9 +380,29 @@ def forward_chunks(
             slope.add(part, h, weight, d_logits)
     if mask is not None and not compacts(mask.device):
         stats = RowStatistics(*(torch.where(mask, x, 0) for x in stats))
+        if further is not None:
+            clear(further, mask)
         if gradient:
             slope.hidden = torch.where(mask[:, None], slope.hidden, 0)
     return stats, slope.hidden
+
+
+def row_statistics(
+    passes: RowPasses, z: Tensor, target: Tensor, rows: Rows, scale: Scale, entropy: bool, further: Further | None
+) -> RowStatistics:
+    """Row pass 1 over the logits of `rows`; what `further` holds of them is filled."""
+    if further is None:
+        return passes.statistics(z, target[rows], scale.of(rows), entropy)
+    part = empty_further(count(rows), z.dtype, z.device)
+    found = passes.statistics(z, target[rows], scale.of(rows), entropy, part)
+    further.put(rows, part)
+    return found
+
+
+def clear(further: Further, mask: Tensor) -> None:
+    """Zeros where masked, whatever is there."""
+    for x in further:
+        x.masked_fill_(~mask, 0)
 
 
 def backward_chunks(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms import vocab_head_chunks as chunks
-from rlcore.algorithms.vocab_head_chunks import TORCH, Coefficients, RowPasses, RowStatistics, Scale
+from rlcore.algorithms.vocab_head_chunks import TORCH, Coefficients, Further, RowPasses, RowStatistics, Scale
 from rlcore.algorithms.vocab_head_products import Rows
 
 
@@ -53,9 +53,19 @@ def clear_masked_(z: Tensor, keep: Tensor | None, rows: Rows) -> Tensor:
 
 
 def statistics(
-    logits: Tensor, target: Tensor, keep: Tensor | None, scale: Scale, *, entropy: bool, passes: RowPasses = TORCH
+    logits: Tensor,
+    target: Tensor,
+    keep: Tensor | None,
+    scale: Scale,
+    *,
+    entropy: bool,
+    further: Further | None = None,
+    passes: RowPasses = TORCH,
 ) -> RowStatistics:
-    """Statistics of logits [N, V] or [B, T, V] per flat row [N], 0 where masked; target and keep are flat [N]."""
+    """Statistics of logits [N, V] or [B, T, V] per flat row [N], 0 where masked; target and keep are flat [N].
+
+    `further`, of N zeros, is filled likewise.
+    """
     dtype, N = scale.logit_scale.dtype, target.shape[0]
     target, scale = chunks.neutral(keep, target, scale)
     chunks.check_target(target, logits.shape[-1], chunks.kept_rows(keep, N))
@@ -69,11 +79,13 @@ def statistics(
     for sheet, _, here, rows in score_blocks(logits, logits, keep, step):
         z = sheet[here] if stays else buffer[: chunks.count(here)].copy_(sheet[here])
         clear_masked_(z, keep, rows)
-        found = passes.statistics(z, target[rows], scale.of(rows), entropy)
+        found = chunks.row_statistics(passes, z, target, rows, scale, entropy, further)
         for x, y in zip(stats, found, strict=True):
             x[rows] = y
     if keep is not None and not chunks.compacts(keep.device):
         stats = RowStatistics(*(torch.where(keep, x, 0) for x in stats))
+        if further is not None:
+            chunks.clear(further, keep)
     return stats
 
 

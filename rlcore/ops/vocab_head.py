@@ -49,20 +49,23 @@ def linear_logprob(
     entropy: bool = False,
     mask: Tensor | None = None,
     chunk_bytes: int | None = None,
+    statistics: bool = False,
 ) -> LogProbs:
-    """Log-prob of `target` under the head, and the entropy if asked for: LogProbs(logp, entropy), differentiable.
+    """Log-prob of `target` under the head, and the entropy if asked for: LogProbs(logp, entropy, ...), differentiable.
 
     logp_i = z_i[y_i] - lse(z_i), H_i = -sum_v p_iv log p_iv, in the shape of `target` ([N] or [B, T]), 0 where masked.
     weight [V, H], bias [V], `temperature` a number or one per row, `mask` bool or 0/1. Gradients flow to hidden, weight
-    and bias. 2NHV FLOPs forward; backward 6NHV by recompute, or none where the head is frozen and no entropy is asked
-    for: then the forward pass is 4NHV. `chunk_bytes` bounds the float32 logits that exist at once (by default 51
-    MiB on a CPU, 2.4 GiB on a GPU; one row at least). Raises TypeError and ValueError that name the argument; a double
-    backward raises RuntimeError (use the reference backend). Own.
+    and bias. 2NHV FLOPs forward; backward 6NHV by recompute, or none where the head is frozen and logp alone is
+    asked for: then the forward pass is 4NHV. `statistics` adds what no gradient flows through: top1, the likeliest
+    token (of several the lowest id), its log-prob top1_logp, and sum_sq = sum_v p_v^2. `chunk_bytes` bounds the float32
+    logits that exist at once (by default 51 MiB on a CPU, 2.4 GiB on a GPU; one row at least). Raises TypeError and
+    ValueError that name the argument; a double backward raises RuntimeError (use the reference backend). Own.
     """
     invariant = backend.is_batch_invariant(hidden)
     if backend.requested() == "reference":
         return algorithm.linear_logprob(
-            hidden, weight, target, bias, temperature, softcap, logit_scale, entropy, mask
+            hidden, weight, target, bias, temperature, softcap, logit_scale, entropy, mask,
+            statistics,
         )  # fmt: skip
     check_head(hidden, weight, target, bias, mask, temperature, softcap, logit_scale)
     check_chunk_bytes(chunk_bytes)
@@ -71,12 +74,19 @@ def linear_logprob(
     flat = hidden.reshape(-1, hidden.shape[-1])
     dtype = autocast_dtype(hidden)
     frozen = not any(wants_gradient(x) for x in (weight, bias))
-    if frozen and not entropy and not invariant and wants_gradient(hidden):
+    if frozen and not entropy and not statistics and not invariant and wants_gradient(hidden):
         logp = FrozenLogprob.apply(flat, weight, bias, target.reshape(-1), keep, *scale[:3], dtype, chunk_bytes)
         return LogProbs(logp.reshape(target.shape), None)
-    logp, H = LinearLogprob.apply(flat, weight, bias, target.reshape(-1), keep, *scale[:3], entropy, dtype, chunk_bytes,
-                                  invariant)  # fmt: skip
-    return LogProbs(logp.reshape(target.shape), H.reshape(target.shape) if entropy else None)
+    found = LinearLogprob.apply(flat, weight, bias, target.reshape(-1), keep, *scale[:3], entropy, dtype, chunk_bytes,
+                                invariant, statistics)  # fmt: skip
+    return shaped(found, target, entropy)
+
+
+def shaped(found: tuple[Tensor | None, ...], target: Tensor, entropy: bool) -> LogProbs:
+    """Flat results in the target's shape."""
+    logp, H, *more = (None if x is None else x.reshape(target.shape) for x in found)
+    assert logp is not None
+    return LogProbs(logp, H if entropy else None, *more)
 
 
 def logprob(
@@ -86,6 +96,7 @@ def logprob(
     entropy: bool = False,
     mask: Tensor | None = None,
     inplace_backward: bool = False,
+    statistics: bool = False,
 ) -> LogProbs:
     """The same from logits [N, V] or [B, T, V] that exist already: z = logits / temperature.
 
@@ -100,15 +111,14 @@ def logprob(
     if inplace_backward:
         check_overwritable(logits)
     if backend.requested() == "reference":
-        return algorithm.logprob(logits, target, temperature, entropy, mask)
+        return algorithm.logprob(logits, target, temperature, entropy, mask, statistics)
     check_scores(logits, target, mask, temperature)
     by_row = as_number(temperature, statistics_dtype(logits), logits.device)
     keep = None if mask is None else (mask != 0).reshape(-1)
     in_place = bool(inplace_backward) and not torch.compiler.is_compiling()
-    logp, H = Logprob.apply(
-        logits, target.reshape(-1), keep, by_row if by_row.dim() == 0 else by_row.reshape(-1), entropy, in_place
-    )
-    return LogProbs(logp.reshape(target.shape), H.reshape(target.shape) if entropy else None)
+    by_row = by_row if by_row.dim() == 0 else by_row.reshape(-1)
+    found = Logprob.apply(logits, target.reshape(-1), keep, by_row, entropy, in_place, statistics)
+    return shaped(found, target, entropy)
 
 
 def linear_policy_loss(

@@ -56,30 +56,44 @@ def assembled(slices: list[Tensor], dtype: torch.dtype) -> Tensor:
     return whole
 
 
+Statistics = tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]
+
+
+def constants(
+    ctx: Any, log_sum: Tensor, H: Tensor, more: Sequence[Tensor], entropy: bool, statistics: bool
+) -> Statistics:
+    """(top1, its log-prob, sum of squares), None unless asked for; marks what takes no gradient, H among it."""
+    found = (more[0], 0 - log_sum, more[1]) if statistics else (None, None, None)
+    ctx.mark_non_differentiable(*(() if entropy else (H,)), *(x for x in found if x is not None))
+    return found
+
+
 class LinearLogprob(Function):
-    """logp and entropy [N], gradients by recompute."""
+    """logp, entropy, top1, its log-prob and the sum of squares [N]; gradients of the first two by recompute."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, mask: Tensor | None,
         temperature: Tensor, softcap: Tensor | None, logit_scale: Tensor, entropy: bool, dtype: torch.dtype | None,
-        chunk_bytes: int | None, batch_invariant: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        chunk_bytes: int | None, batch_invariant: bool, statistics: bool,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         ctx.chunk_bytes = chunk_bytes
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         head = (cast(hidden, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype), target, mask,
                 temperature, softcap, logit_scale)  # fmt: skip
-        maximum, log_sum, logp, H = raw.linear_logprob_forward(*head, entropy, chunk_bytes, batch_invariant)
+        maximum, log_sum, logp, H, *more = raw.linear_logprob_forward(
+            *head, entropy, chunk_bytes, batch_invariant, statistics
+        )
         ctx.save_for_backward(*head, maximum, log_sum, logp, H)
         ctx.set_materialize_grads(False)
-        if not entropy:
-            ctx.mark_non_differentiable(H)
-        return logp, H
+        return logp, H, *constants(ctx, log_sum, H, more, entropy, statistics)
 
     @staticmethod
-    def backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        nothing = (None,) * 9
+        nothing = (None,) * 10
         if d_logp is None and d_entropy is None:
             return (None, None, None, *nothing)
         *head, maximum, log_sum, logp, H = ctx.saved_tensors
@@ -164,25 +178,25 @@ class LinearPolicyLoss(Function):
 
 
 class Logprob(Function):
-    """logp and entropy, flat [N], of logits that exist; with `in_place` their memory becomes the gradient's."""
+    """What `LinearLogprob` has, flat [N], of logits that exist; with `in_place` their memory becomes the gradient's."""
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, mask: Tensor | None, temperature: Tensor, entropy: bool,
-        in_place: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        maximum, log_sum, logp, H = raw.logprob_forward(logits, target, mask, temperature, entropy)
+        in_place: bool, statistics: bool,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        maximum, log_sum, logp, H, *more = raw.logprob_forward(logits, target, mask, temperature, entropy, statistics)
         ctx.save_for_backward(logits, target, mask, temperature, maximum, log_sum, logp, H)
         ctx.set_materialize_grads(False)
         ctx.in_place, ctx.spent = in_place, False
-        if not entropy:
-            ctx.mark_non_differentiable(H)
-        return logp, H
+        return logp, H, *constants(ctx, log_sum, H, more, entropy, statistics)
 
     @staticmethod
-    def backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        nothing = (None,) * 5
+        nothing = (None,) * 6
         if d_logp is None and d_entropy is None:
             return (None, *nothing)
         if ctx.in_place and ctx.spent:

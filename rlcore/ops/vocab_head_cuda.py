@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms import vocab_head_chunks as chunks
-from rlcore.algorithms.vocab_head_chunks import Coefficients, RowPasses, RowStatistics, Scale
+from rlcore.algorithms.vocab_head_chunks import Coefficients, Further, RowPasses, RowStatistics, Scale
 from rlcore.algorithms.vocab_head_products import Rows
 from rlcore.ops import backend
 
@@ -44,10 +44,12 @@ def ready(scale: Scale) -> tuple[tuple[Tensor | None, Tensor], tuple[int, Number
     )  # fmt: skip
 
 
-def statistics_(a: Tensor, target: Tensor, scale: Scale, entropy: bool) -> RowStatistics:
-    """`chunks.statistics_` in CUDA C++."""
+def statistics_(
+    a: Tensor, target: Tensor, scale: Scale, entropy: bool, further: Further | None = None
+) -> RowStatistics:
+    """`chunks.statistics_` in CUDA C++; `further` by torch, from a copy of the chunk."""
     if not takes(a):
-        return chunks.statistics_(a, target, scale, entropy)
+        return chunks.statistics_(a, target, scale, entropy, further)
     maximum, log_sum, logp = (torch.empty(a.shape[0], device=a.device) for _ in range(3))
     out = RowStatistics(maximum, log_sum, logp, torch.zeros_like(logp))
     target, (_alive, numbers) = target.contiguous(), ready(scale)
@@ -56,6 +58,9 @@ def statistics_(a: Tensor, target: Tensor, scale: Scale, entropy: bool) -> RowSt
     backend.cuda().vocab_head_statistics(
         chunk_of(a), numbers, target.data_ptr(), addresses, backend.cuda_stream(a)
     )
+    if further is not None:
+        bent = chunks.bend_(a.to(torch.float32, copy=True), scale)
+        chunks.bent_further(further, bent, out, scale)
     return out
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms import vocab_head_chunks as chunks
-from rlcore.algorithms.vocab_head_chunks import Coefficients, RowPasses, RowStatistics, Scale
+from rlcore.algorithms.vocab_head_chunks import Coefficients, Further, RowPasses, RowStatistics, Scale
 from rlcore.algorithms.vocab_head_products import Rows
 from rlcore.ops import backend
 from rlcore.ops.policy_loss_raw import evaluate_chunk
@@ -35,10 +35,12 @@ def chunk_arguments(logits: Tensor, target: Tensor, temperature: Tensor, scale: 
     )  # fmt: skip
 
 
-def statistics_(a: Tensor, target: Tensor, scale: Scale, entropy: bool) -> RowStatistics:
-    """`chunks.statistics_` in C++."""
+def statistics_(
+    a: Tensor, target: Tensor, scale: Scale, entropy: bool, further: Further | None = None
+) -> RowStatistics:
+    """`chunks.statistics_` in C++; `further` by torch, from the chunk that C++ has bent."""
     if not is_native(a):
-        return chunks.statistics_(a, target, scale, entropy)
+        return chunks.statistics_(a, target, scale, entropy, further)
     if scale.bias is not None:
         a.add_(scale.bias)
     module = backend.native()
@@ -51,6 +53,8 @@ def statistics_(a: Tensor, target: Tensor, scale: Scale, entropy: bool) -> RowSt
         out.maximum.data_ptr(), out.log_sum.data_ptr(), out.logp.data_ptr(), out.entropy.data_ptr() if entropy else 0,
         torch.get_num_threads(),
     )  # fmt: skip
+    if further is not None:
+        chunks.bent_further(further, a, out, scale)
     return out
 
 

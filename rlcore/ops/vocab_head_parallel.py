@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from rlcore.algorithms import vocab_head_chunks as chunks
+from rlcore.algorithms import vocab_head_shards as merging
 from rlcore.algorithms import vocab_head_tiles as tiles
 from rlcore.algorithms.vocab_head import LogProbs
-from rlcore.algorithms.vocab_head_chunks import Coefficients, RowStatistics, Scale
+from rlcore.algorithms.vocab_head_chunks import Coefficients, Further, RowStatistics, Scale
 from rlcore.algorithms.vocab_head_inputs import (
     Number,
     autocast_dtype,
@@ -26,9 +27,10 @@ from rlcore.algorithms.vocab_head_inputs import (
     check_head,
     scale_of,
 )
-from rlcore.ops.vocab_head_autograd import as_given, refuse_double_backward
+from rlcore.ops.vocab_head import shaped
+from rlcore.ops.vocab_head_autograd import as_given, constants, refuse_double_backward
 from rlcore.ops.vocab_head_passes import row_passes
-from rlcore.ops.vocab_head_raw import no_autocast
+from rlcore.ops.vocab_head_raw import empty_further, no_autocast
 
 
 def vocab_parallel_logprob(
@@ -44,13 +46,15 @@ def vocab_parallel_logprob(
     mask: Tensor | None = None,
     chunk_bytes: int | None = None,
     group: dist.ProcessGroup | None = None,
+    statistics: bool = False,
 ) -> LogProbs:
     """`linear_logprob` where `weight` [v, H] and `bias` [v] are this rank's entries [first, first + v) of all.
 
     hidden, target (labels of the whole vocabulary), mask, the numbers and the incoming gradients are the same on every
     rank of `group` (None: the default group); so are the results and d hidden. Shards may differ in size; they follow
     one another in the order of the ranks. A collective call: every rank makes it, forward and backward. Backward is
-    6NHV / ranks by recompute. Raises as `linear_logprob`; a label outside the vocabulary gives NaN. Own.
+    6NHV / ranks by recompute. `statistics` gathers 12 bytes more. Raises as `linear_logprob`; a label outside the
+    vocabulary gives NaN. Own.
     """
     check_head(hidden, weight, target, bias, mask, temperature, softcap, logit_scale)
     check_chunk_bytes(chunk_bytes)
@@ -58,42 +62,48 @@ def vocab_parallel_logprob(
         raise ValueError(f"first: expected at least 0; got {first}")
     scale = scale_of(hidden, temperature, softcap, logit_scale)
     keep = None if mask is None else (mask != 0).reshape(-1)
-    logp, H = VocabParallelLogprob.apply(
+    found = VocabParallelLogprob.apply(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, target.reshape(-1).long(), keep, *scale[:3], first,
-        autocast_dtype(hidden), chunk_bytes, group,
+        autocast_dtype(hidden), chunk_bytes, group, statistics,
     )  # fmt: skip
-    return LogProbs(logp.reshape(target.shape), H.reshape(target.shape) if entropy else None)
+    return shaped(found, target, entropy)
 
 
 class VocabParallelLogprob(Function):
-    """logp and entropy [N] over all shards, gradients by recompute."""
+    """What `LinearLogprob` has, over all shards; gradients by recompute."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, mask: Tensor | None,
         temperature: Tensor, softcap: Tensor | None, logit_scale: Tensor, first: int, dtype: torch.dtype | None,
-        chunk_bytes: int | None, group: dist.ProcessGroup | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        chunk_bytes: int | None, group: dist.ProcessGroup | None, statistics: bool,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.first, ctx.chunk_bytes, ctx.group = first, chunk_bytes, group
         hidden, weight = cast(hidden, dtype), cast(weight, dtype)
         bias = None if bias is None else cast(bias, dtype)
+        own_further, further = empty_further(logit_scale, hidden.shape[0], statistics)
         with no_autocast(hidden):
             own, _ = chunks.forward_chunks(
                 hidden, weight, target - first, mask, Scale(temperature, softcap, logit_scale, bias), entropy=True,
-                passes=row_passes(hidden), chunk_bytes=chunk_bytes, sharded=True,
+                passes=row_passes(hidden), chunk_bytes=chunk_bytes, sharded=True, further=further,
             )  # fmt: skip
-        stats = merged(own, target, first, weight.shape[0], group)
+        stats, further = merged(own, further, target, first, weight.shape[0], group)
         if mask is not None:
             stats = RowStatistics(*(torch.where(mask, x, 0) for x in stats))
+            if further is not None:
+                chunks.clear(further, mask)
         ctx.save_for_backward(hidden, weight, bias, target, mask, temperature, softcap, logit_scale, *stats)
         ctx.set_materialize_grads(False)
-        return stats.logp, stats.entropy
+        more = own_further if further is None else further
+        return stats.logp, stats.entropy, *constants(ctx, stats.log_sum, stats.entropy, more, True, statistics)
 
     @staticmethod
-    def backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        nothing = (None,) * 9
+        nothing = (None,) * 10
         if d_logp is None and d_entropy is None:
             return (None, None, None, *nothing)
         hidden, weight, bias, target, mask, temperature, softcap, logit_scale, *stats = ctx.saved_tensors
@@ -111,13 +121,22 @@ class VocabParallelLogprob(Function):
         return (*as_given(d_hidden, d_weight, d_bias, needs, ctx.dtypes), *nothing)
 
 
-def merged(own: RowStatistics, target: Tensor, first: int, size: int, group: dist.ProcessGroup | None) -> RowStatistics:
+def merged(
+    own: RowStatistics, further: Further | None, target: Tensor, first: int, size: int, group: dist.ProcessGroup | None
+) -> tuple[RowStatistics, Further | None]:
     """The statistics of all ranks' shards as one; each rank says where its shard lies."""
-    ranks = dist.get_world_size(group)
-    fields = torch.stack(own)
-    shards = fields.new_empty((ranks, *fields.shape))
-    dist.all_gather(list(shards.unbind()), fields, group=group)
+    shards = RowStatistics(*gathered(torch.stack(own), group).unbind(1))
     place = torch.arange(first, first + size + 1, size, device=target.device)  # both ends, without a copy from the host
-    places = place.new_empty((ranks, 2))
-    dist.all_gather(list(places.unbind()), place, group=group)
-    return chunks.merge_shards(RowStatistics(*shards.unbind(1)), target, places[:, 0], places[:, 1])
+    places = gathered(place, group)
+    stats = merging.merge_shards(shards, target, places[:, 0], places[:, 1])
+    if further is None:
+        return stats, None
+    shards_further = Further(*(gathered(x, group) for x in further))
+    return stats, merging.merge_further(shards_further, shards, stats, places[:, 0])
+
+
+def gathered(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """x of every rank, [ranks, ...]."""
+    out = x.new_empty((dist.get_world_size(group), *x.shape))
+    dist.all_gather(list(out.unbind()), x, group=group)
+    return out

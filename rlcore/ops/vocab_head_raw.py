@@ -18,12 +18,12 @@ from rlcore.algorithms import vocab_head_products as products
 from rlcore.algorithms import vocab_head_tiles as tiles
 from rlcore.algorithms.objective import lookup
 from rlcore.algorithms.policy_loss import metric_names
-from rlcore.algorithms.vocab_head_chunks import Coefficients, RowStatistics, Scale
+from rlcore.algorithms.vocab_head_chunks import Coefficients, Further, RowStatistics, Scale
 from rlcore.layout import TokenBatch
 from rlcore.ops.vocab_head_passes import row_passes, score_passes
 from rlcore.ops.vocab_head_triton import fused_statistics
 
-Four = tuple[Tensor, Tensor, Tensor, Tensor]
+Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, list[Tensor], Tensor]
 
 
@@ -32,8 +32,17 @@ def no_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def four_empty(like: Tensor, N: int) -> Four:
-    return like.new_empty(N), like.new_empty(N), like.new_empty(N), like.new_empty(N)
+def empty_statistics(like: Tensor, N: int, statistics: bool) -> Six:
+    """Four of the passes' own, and those that are asked for."""
+    n = N if statistics else 0
+    own = like.new_empty(N), like.new_empty(N), like.new_empty(N), like.new_empty(N)
+    return *own, like.new_empty(n, dtype=torch.int64), like.new_empty(n)
+
+
+def empty_further(like: Tensor, N: int, statistics: bool) -> tuple[Further, Further | None]:
+    """(what an op returns, what its passes fill): nothing to fill where it is not asked for."""
+    further = chunks.empty_further(N if statistics else 0, like.dtype, like.device)
+    return further, further if statistics else None
 
 
 @torch.library.custom_op("rlcore::linear_logprob_forward", mutates_args=())
@@ -49,17 +58,23 @@ def linear_logprob_forward(
     entropy: bool,
     chunk_bytes: int | None = None,
     batch_invariant: bool = False,
-) -> Four:
-    """2NHV: (maximum, log_sum, logp, entropy), each [N]; no logits in memory where they must be batch-invariant."""
+    statistics: bool = False,
+) -> Six:
+    """2NHV: (maximum, log_sum, logp, entropy, top1, sum_sq), each [N], the last two empty unless asked for.
+
+    No logits in memory where they must be batch-invariant.
+    """
+    found, further = empty_further(logit_scale, hidden.shape[0], statistics)
     with no_autocast(hidden):
         scale = Scale(temperature, softcap, logit_scale, bias)
         if batch_invariant:
-            return fused_statistics(hidden, weight, target.long(), mask, scale, entropy=entropy)
+            head = (hidden, weight, target.long(), mask, scale)
+            return *fused_statistics(*head, entropy=entropy, further=further), *found
         stats, _ = chunks.forward_chunks(
             hidden, weight, target.long(), mask, scale, entropy=entropy, passes=row_passes(hidden),
-            chunk_bytes=chunk_bytes,
+            chunk_bytes=chunk_bytes, further=further,
         )  # fmt: skip
-    return stats.maximum, stats.log_sum, stats.logp, stats.entropy
+    return *stats, *found
 
 
 @linear_logprob_forward.register_fake
@@ -75,8 +90,9 @@ def _(
     entropy: bool,
     chunk_bytes: int | None = None,
     batch_invariant: bool = False,
-) -> Four:
-    return four_empty(logit_scale, hidden.shape[0])
+    statistics: bool = False,
+) -> Six:
+    return empty_statistics(logit_scale, hidden.shape[0], statistics)
 
 
 @torch.library.custom_op("rlcore::linear_logprob_backward", mutates_args=())
@@ -234,11 +250,19 @@ def _(
 
 
 @torch.library.custom_op("rlcore::logprob_forward", mutates_args=())
-def logprob_forward(logits: Tensor, target: Tensor, mask: Tensor | None, temperature: Tensor, entropy: bool) -> Four:
-    """(maximum, log_sum, logp, entropy), each [N], of logits [N, V] or [B, T, V]."""
+def logprob_forward(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    entropy: bool,
+    statistics: bool = False,
+) -> Six:
+    """(maximum, log_sum, logp, entropy, top1, sum_sq), each [N], of logits [N, V] or [B, T, V]."""
     scale = Scale(temperature, None, temperature.new_ones(()))
-    stats = score_passes(logits).statistics(logits, target.long(), mask, scale, entropy=entropy)
-    return stats.maximum, stats.log_sum, stats.logp, stats.entropy
+    found, further = empty_further(temperature, target.shape[0], statistics)
+    stats = score_passes(logits).statistics(logits, target.long(), mask, scale, entropy=entropy, further=further)
+    return *stats, *found
 
 
 @logprob_forward.register_fake
@@ -248,8 +272,9 @@ def _(
     mask: Tensor | None,
     temperature: Tensor,
     entropy: bool,
-) -> Four:
-    return four_empty(temperature, target.shape[0])
+    statistics: bool = False,
+) -> Six:
+    return empty_statistics(temperature, target.shape[0], statistics)
 
 
 @torch.library.custom_op("rlcore::logprob_backward", mutates_args=())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlcore.algorithms import vocab_head_chunks as chunks
 from rlcore.algorithms import vocab_head_scores as scores
-from rlcore.algorithms.vocab_head_chunks import Coefficients, RowPasses, RowStatistics, Scale
+from rlcore.algorithms.vocab_head_chunks import Coefficients, Further, RowPasses, RowStatistics, Scale
 from rlcore.algorithms.vocab_head_products import Rows
 from rlcore.ops.policy_loss_raw import evaluate_chunk
 
@@ -17,15 +17,17 @@ def is_triton(logits: Tensor) -> bool:
     return logits.dtype != torch.float64 and (logits.stride(-1) == 1 or logits.shape[-1] == 1)
 
 
-def statistics(a: Tensor, target: Tensor, scale: Scale, entropy: bool) -> RowStatistics:
+def statistics(
+    a: Tensor, target: Tensor, scale: Scale, entropy: bool, further: Further | None = None
+) -> RowStatistics:
     """`chunks.statistics_`, but the raw logits stay as they are: bending them again is cheaper than writing them."""
     if not is_triton(a):
-        return chunks.statistics_(a, target, scale, entropy)
+        return chunks.statistics_(a, target, scale, entropy, further)
     from rlcore.kernels import vocab_head as kernels
 
     found = kernels.statistics(
         a, target.contiguous(), contiguous(scale.bias), scale.temperature.contiguous(), scale.softcap,
-        scale.logit_scale, entropy,
+        scale.logit_scale, entropy, further,
     )  # fmt: skip
     return RowStatistics(*found)
 
@@ -76,7 +78,14 @@ TRITON = RowPasses(statistics, gradient, evaluate_chunk)
 
 
 def fused_statistics(
-    hidden: Tensor, weight: Tensor, target: Tensor, mask: Tensor | None, scale: Scale, *, entropy: bool
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    scale: Scale,
+    *,
+    entropy: bool,
+    further: Further | None = None,
 ) -> RowStatistics:
     """`chunks.forward_chunks` of all rows in one kernel that holds no logits; a row's bits depend on nothing else."""
     from rlcore.kernels import vocab_head_fused as kernels
@@ -85,7 +94,7 @@ def fused_statistics(
     hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
     found = kernels.statistics(
         hidden, weight, target.contiguous(), contiguous(mask), contiguous(scale.bias), scale.temperature.contiguous(),
-        scale.softcap, scale.logit_scale, entropy,
+        scale.softcap, scale.logit_scale, entropy, further,
     )  # fmt: skip
     return RowStatistics(*found)
 
@@ -94,14 +103,24 @@ def fused_statistics(
 
 
 def score_statistics(
-    logits: Tensor, target: Tensor, keep: Tensor | None, scale: Scale, *, entropy: bool
+    logits: Tensor,
+    target: Tensor,
+    keep: Tensor | None,
+    scale: Scale,
+    *,
+    entropy: bool,
+    further: Further | None = None,
 ) -> RowStatistics:
     """`scores.statistics` of all rows in one launch, without an upcast copy; 0 where masked."""
     if not is_triton(logits):
-        return scores.statistics(logits, target, keep, scale, entropy=entropy)
+        return scores.statistics(logits, target, keep, scale, entropy=entropy, further=further)
     check_labels(logits, target, keep)
-    stats = statistics(logits, target, scale, entropy)
-    return stats if keep is None else RowStatistics(*(torch.where(keep, x, 0) for x in stats))
+    stats = statistics(logits, target, scale, entropy, further)
+    if keep is None:
+        return stats
+    if further is not None:
+        chunks.clear(further, keep)
+    return RowStatistics(*(torch.where(keep, x, 0) for x in stats))
 
 
 def score_gradient(

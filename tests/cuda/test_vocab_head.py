@@ -8,7 +8,16 @@ import pytest
 import torch
 from policy_loss_cases import make_batch, make_objective, rich
 from torch import Tensor
-from vocab_head_cases import DATA, SETTINGS, check_forward, check_gradients, coefficients, gradients_of, make
+from vocab_head_cases import (
+    DATA,
+    SETTINGS,
+    check_forward,
+    check_further,
+    check_gradients,
+    coefficients,
+    gradients_of,
+    make,
+)
 
 import rlcore as rl
 from accuracy import assert_accurate
@@ -31,7 +40,7 @@ def run(case, device):
     there = to(case, device).fresh()
     with rl.backend("cuda"):
         out = rl.linear_logprob(there.hidden, there.weight, there.target, entropy=True, **there.kwargs())
-        gradients = gradients_of(*out, there.leaves, *(x.to(device) for x in coefficients(case)))
+        gradients = gradients_of(*out[:2], there.leaves, *(x.to(device) for x in coefficients(case)))
     return out.logp.cpu(), out.entropy.cpu(), [x.cpu() for x in gradients]
 
 
@@ -42,6 +51,13 @@ def test_linear_logprob(data, setting, device):
     logp, entropy, gradients = run(case, device)
     check_forward(case, logp, entropy)
     check_gradients(case, gradients)
+
+
+def test_statistics(device):
+    case = to(make("peaked", "rows", shape=(7,), masked=0.2), device)
+    with rl.backend("cuda"):
+        out = rl.linear_logprob(case.hidden, case.weight, case.target, statistics=True, **case.kwargs())
+    check_further(to(case, "cpu"), *(x.cpu() for x in out[2:]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

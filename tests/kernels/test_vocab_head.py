@@ -6,7 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from vocab_head_cases import DATA, SETTINGS, Case, check_forward, check_gradients, coefficients, gradients_of, make
+from vocab_head_cases import (
+    DATA,
+    SETTINGS,
+    Case,
+    check_forward,
+    check_further,
+    check_gradients,
+    coefficients,
+    gradients_of,
+    make,
+)
 
 import rlcore as rl
 from accuracy import assert_accurate, to_float64
@@ -48,7 +58,7 @@ def run(case: Case, device: str, entropy: bool = True):
     with rl.backend("triton"):
         out = rl.linear_logprob(moved.hidden, moved.weight, moved.target, entropy=entropy, **moved.kwargs())
         d = [x.to(device) for x in coefficients(case)]
-        gradients = gradients_of(*out, moved.leaves, *d)
+        gradients = gradients_of(*out[:2], moved.leaves, *d)
     return out.logp.cpu(), out.entropy.cpu() if entropy else None, [x.cpu() for x in gradients]
 
 
@@ -84,6 +94,38 @@ def test_logp_alone(device, rows_stay):
     logp, _, gradients = run(case, device, entropy=False)
     check_forward(case, logp, None)
     check_gradients(case, gradients, with_entropy=False)
+
+
+@pytest.mark.parametrize(("data", "setting", "dtype"), [
+    ("random", "rows", torch.float32), ("peaked", "softcap", LOW[0]), ("forbidden", "bias", torch.float32),
+    ("flat", "plain", LOW[1]), ("random", "bias", torch.float64),
+])  # fmt: skip
+def test_statistics(device, data, setting, dtype, rows_stay):
+    """The likeliest token, its log-prob and sum p^2; logp and entropy are the same bits as without."""
+    case = make(data, setting, dtype, masked=0.3, **SMALL)
+    case.hidden[~case.mask], case.target[~case.mask] = torch.nan, -100
+    moved = there(case, device)
+    head = (moved.hidden, moved.weight, moved.target)
+    with rl.backend("triton"):
+        plain, out = (rl.linear_logprob(*head, entropy=True, statistics=x, **moved.kwargs()) for x in (False, True))
+    assert torch.equal(plain.logp, out.logp) and torch.equal(plain.entropy, out.entropy) and plain.top1 is None
+    check_further(replace(case, hidden=case.hidden.nan_to_num()), *(x.cpu() for x in out[2:]))
+
+
+def test_statistics_of_logits_that_exist(device):
+    """Of equals the lowest, in one block or two; p -> 1; forbidden entries first; masked rows are zeros."""
+    logits = torch.randn(5, 75)
+    logits[0, [9, 20, 50]], logits[1, [40, 70]], logits[2, 74] = 9.0, 9.0, 80.0
+    logits[3, :40], logits[4] = -torch.inf, torch.nan
+    target, mask = torch.tensor([9, 70, 74, 50, -100]), torch.tensor([1, 1, 1, 1, 0])
+    with rl.backend("triton"):
+        out = rl.logprob(logits.to(device), target.to(device), mask=mask.to(device), statistics=True)
+    log_p = logits[:4].double().log_softmax(1)
+    assert out.top1.tolist() == [9, 40, 74, int(log_p[3].argmax()), 0]
+    assert torch.equal(out.top1_logp[:3], out.logp[:3]) and out.sum_sq[2] == 1
+    assert_accurate(out.top1_logp[:4], log_p.amax(1))
+    assert_accurate(out.sum_sq[:4], log_p.exp().square().sum(1))
+    assert out.top1_logp[4] == out.sum_sq[4] == 0
 
 
 def test_masked_rows_never_matter(device, rows_stay):
@@ -166,7 +208,7 @@ def test_logprob(device, layout, dtype, in_place):
     logits = stored(leaf, layout)
     with rl.backend("triton"):
         out = rl.logprob(logits, target.to(device), heat.to(device), True, keep.to(device), inplace_backward=in_place)
-        gradient = torch.autograd.grad(out, leaf, [x.to(device, out.logp.dtype) for x in d])[0].cpu()
+        gradient = torch.autograd.grad(out[:2], leaf, [x.to(device, out.logp.dtype) for x in d])[0].cpu()
     head = oracle.Head(to_float64(scores.nan_to_num()).reshape(-1, V), torch.eye(V, dtype=torch.float64).numpy(),
                        target.reshape(-1).numpy(), temperature=to_float64(heat).reshape(-1),
                        mask=keep.reshape(-1).numpy())  # fmt: skip
@@ -300,13 +342,13 @@ def test_nothing_waits_for_the_gpu(dtype):
     torch.cuda.set_sync_debug_mode("error")
     try:
         out = rl.linear_logprob(case.hidden, case.weight, case.target, entropy=True, **case.kwargs())
-        found = gradients_of(*out, case.leaves, *d)
+        found = gradients_of(*out[:2], case.leaves, *d)
         scores = rl.logprob(case.hidden @ case.weight.t(), case.target, entropy=True, mask=case.mask)
         loss, _ = rl.linear_policy_loss(case.hidden, case.weight, batch, rl.Objective(), case.bias, **case.numbers())
         folded = torch.autograd.grad(loss, case.leaves)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(x.isfinite().all() for x in (*out, *found, *scores, loss, *folded))
+    assert all(x.isfinite().all() for x in (*out[:2], *found, *scores[:2], loss, *folded))
 
 
 @on_a_gpu
@@ -316,7 +358,7 @@ def test_in_a_cuda_graph():
     def step():
         again = case.fresh()
         out = rl.linear_logprob(again.hidden, again.weight, again.target, entropy=True, **again.kwargs())
-        return [*out, *torch.autograd.grad(out, again.leaves, [torch.ones_like(x) for x in out])]
+        return [*out[:2], *torch.autograd.grad(out[:2], again.leaves, [torch.ones_like(x) for x in out[:2]])]
 
     expected = step()
     stream = torch.cuda.Stream()

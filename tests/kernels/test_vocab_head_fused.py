@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from vocab_head_cases import check_forward, check_gradients, coefficients, gradients_of, make
+from vocab_head_cases import check_forward, check_further, check_gradients, coefficients, gradients_of, make
 
 import rlcore as rl
 
@@ -31,10 +31,10 @@ def head_of(case, device):
     return (move(case.hidden), move(case.weight), move(case.target)), kwargs
 
 
-def invariant(case, device, entropy=True):
+def invariant(case, device, entropy=True, statistics=False):
     head, kwargs = head_of(case, device)
     with rl.backend("triton"), rl.batch_invariant():
-        return rl.linear_logprob(*head, entropy=entropy, **kwargs)
+        return rl.linear_logprob(*head, entropy=entropy, statistics=statistics, **kwargs)
 
 
 CASES = [("random", "plain", torch.float32), ("peaked", "rows", torch.float32), ("negative", "bias", torch.float32),
@@ -48,6 +48,20 @@ def test_accuracy(device, data, setting, dtype):
     check_forward(case, out.logp.cpu(), out.entropy.cpu())
     again = invariant(case, device, entropy=False)
     assert torch.equal(again.logp, out.logp) and again.entropy is None
+    more = invariant(case, device, statistics=True)
+    assert torch.equal(more.logp, out.logp) and torch.equal(more.entropy, out.entropy)
+    check_further(case, *(x.cpu() for x in more[2:]))
+
+
+def test_of_several_likeliest_the_lowest(device):
+    """In a tile, in the tiles of a range, and in two ranges."""
+    case = make(**SMALL)
+    case.weight[[50, 60, 74]] = 3 * case.hidden[0]
+    case.weight[[5, 9, 20]] = 3 * case.hidden[1]
+    found = invariant(case, device, statistics=True).top1
+    assert found[0] in (50, 5) and found[1] == 5
+    case.weight[[5, 9, 20]] = case.weight[[50, 60, 74]]
+    assert invariant(case, device, statistics=True).top1[0] == 5
 
 
 def test_a_row_is_the_same_bits_in_any_batch(device):
@@ -57,7 +71,7 @@ def test_a_row_is_the_same_bits_in_any_batch(device):
     check_forward(case, whole.logp.cpu(), whole.entropy.cpu())
     for rows in ([3], list(range(5, 20)), [36, 20, 14, 8, 2]):
         part = replace(case, hidden=case.hidden[rows], target=case.target[rows], temperature=case.temperature[rows])
-        for x, y in zip(invariant(part, device), whole, strict=True):
+        for x, y in zip(invariant(part, device)[:2], whole[:2], strict=True):
             assert torch.equal(x, y[rows])
 
 
@@ -85,7 +99,7 @@ def test_gradients_and_the_loss(device):
     (hidden, weight, target), kwargs = head_of(moved, device)
     with rl.backend("triton"), rl.batch_invariant():
         out = rl.linear_logprob(hidden, weight, target, entropy=True, **kwargs)
-        found = gradients_of(*out, moved.leaves, *(x.to(device) for x in coefficients(case)))
+        found = gradients_of(*out[:2], moved.leaves, *(x.to(device) for x in coefficients(case)))
         batch = rl.TokenBatch(target, mask=kwargs["mask"], offsets=torch.tensor([0, 21], device=device),
                               advantage=torch.randn(21, device=device))  # fmt: skip
         numbers = case.numbers() | {"temperature": kwargs["temperature"]}

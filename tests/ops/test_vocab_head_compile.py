@@ -33,9 +33,9 @@ def test_opcheck_logprob(options):
     inputs = head(**options)
     N = inputs[0].shape[0]
     torch.library.opcheck(raw.linear_logprob_forward, (*inputs, True))
-    torch.library.opcheck(raw.linear_logprob_forward, (*inputs, False))
+    torch.library.opcheck(raw.linear_logprob_forward, (*inputs, False, None, False, True))
     torch.library.opcheck(raw.linear_logprob_frozen, inputs)
-    stats = list(raw.linear_logprob_forward(*inputs, True))
+    stats = list(raw.linear_logprob_forward(*inputs, True)[:4])
     for d_entropy, needs in ((torch.randn(N), [True, True, True]), (None, [True, False, False]), (None, [False] * 3)):
         torch.library.opcheck(raw.linear_logprob_backward, (*inputs, stats, torch.randn(N), d_entropy, needs))
 
@@ -47,7 +47,8 @@ def test_opcheck_logprob_from_logits(shape, dtype):
     N = target.shape[0]
     inputs = (logits, target, torch.rand(N) < 0.7, torch.rand(N) + 0.5)
     torch.library.opcheck(raw.logprob_forward, (*inputs, True))
-    stats = list(raw.logprob_forward(*inputs, True))
+    torch.library.opcheck(raw.logprob_forward, (*inputs, False, True))
+    stats = list(raw.logprob_forward(*inputs, True)[:4])
     torch.library.opcheck(raw.logprob_backward, (*inputs, stats, torch.randn(N), torch.randn(N)))
     torch.library.opcheck(raw.logprob_backward, (*inputs, stats, torch.randn(N), None))
 

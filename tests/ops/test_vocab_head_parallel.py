@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from vocab_head_cases import check_forward, check_gradients
+from vocab_head_cases import check_forward, check_further, check_gradients
 from vocab_parallel_worker import CASES, case_of
 
 from rlcore.algorithms import vocab_head_chunks as chunks
+from rlcore.algorithms import vocab_head_shards as merging
 from rlcore.algorithms.vocab_head_chunks import RowStatistics
 
 WORKER = Path(__file__).resolve().parents[1] / "vocab_parallel_worker.py"
@@ -34,13 +35,15 @@ def ranks(request, tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_shards_are_one_head(ranks, name):
     case, found = case_of(name), [rank[name] for rank in ranks]
-    logp, entropy, d_hidden = found[0][:3]
+    logp, entropy, *further = found[0][:5]
+    d_hidden = found[0][5]
     check_forward(case, logp, entropy)
-    shards = [torch.cat(parts) for parts in zip(*(x[3:] for x in found), strict=True)]
+    check_further(case, *further)
+    shards = [torch.cat(parts) for parts in zip(*(x[6:] for x in found), strict=True)]
     check_gradients(case, [d_hidden, *shards])
     for x in found[1:]:
-        assert torch.equal(x[0], logp) and torch.equal(x[1], entropy)
-        torch.testing.assert_close(x[2], d_hidden, rtol=0, atol=0)
+        for y, z in zip(x[:6], found[0], strict=False):
+            assert torch.equal(y, z)
 
 
 def test_a_label_outside_the_whole_vocabulary_has_no_logprob(ranks):
@@ -59,7 +62,7 @@ def test_merged_shards(cuts):
         chunks.block_statistics(z[:, a:b].float(), target - a, True) for a, b in zip(starts, cuts, strict=True)
     ]
     stacked = RowStatistics(*(torch.stack(x) for x in zip(*shards, strict=True)))
-    found = chunks.merge_shards(stacked, target, torch.tensor(starts), torch.tensor(cuts))
+    found = merging.merge_shards(stacked, target, torch.tensor(starts), torch.tensor(cuts))
     expected = chunks.block_statistics(z, target, True)
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x.double(), y, rtol=2e-6, atol=2e-6)

@@ -65,6 +65,14 @@ class Head:
             logp[i], entropy[i] = row.log_p[self.target[i]], row.entropy
         return logp, entropy
 
+    def further(self) -> tuple[np.ndarray, np.ndarray]:
+        """log p [N, V] (rows of zeros where masked) and sum p^2 [N]."""
+        log_p, sum_sq = np.zeros((self.hidden.shape[0], self.weight.shape[0])), np.zeros(self.hidden.shape[0])
+        for i in self.kept():
+            row = self.row(i)
+            log_p[i], sum_sq[i] = row.log_p, (row.p**2).sum()
+        return log_p, sum_sq
+
     def backward(self, d_logp: np.ndarray, d_entropy: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """d_hidden [N, H], d_weight [V, H], d_bias [V] of sum_i d_logp_i logp_i + d_entropy_i H_i."""
         d_hidden, d_weight = np.zeros_like(self.hidden), np.zeros_like(self.weight)
