@@ -1,19 +1,23 @@
-"""The clipped-surrogate family: loss, gradients and metrics of a flat batch in two launches.
+"""The clipped-surrogate family: loss, gradients and metrics of a flat batch in one launch.
 
     loss = sum_i c_i [ w_i rho_i surrogate_i + beta KL_i - alpha H_i ]      as rlcore.algorithms.policy_loss states it
 
-`policy_rows_kernel` takes BLOCK rows per program: each row's term, d loss / d logp, d loss / d entropy, and one row of
-partial results per program, in the order of the metrics. `policy_metrics_kernel`, one program, adds these in their
-order, in fp64, and writes the loss and all metrics. Where a sequence or a segment shares its ratio, one launch before
-them (kernels/policy_loss_units.py) leaves each row its unit's mean log-ratio and mean gradient.
+`policy_loss_kernel`: a program walks tiles of rows, writes d loss / d logp and d loss / d entropy, and adds what the
+rows contribute to each metric, place by place of the tile. At its end it sums these over the tile into one row of
+partial results, and counts itself. The program that finds all others counted adds all rows of partial results in
+their order, in fp64, and writes the loss and all metrics. Which program that is depends on the machine; what it
+computes does not. Where a sequence or a segment shares its ratio, one launch before this one
+(kernels/policy_loss_units.py) leaves each row its unit's mean log-ratio and mean gradient.
 
 Memory traffic: every field that is there once (4 bytes a row, masks 1), d logp and d entropy once where asked for, and
-128 bytes of partial results per BLOCK rows: 21 to 37 bytes a row. A masked row is not loaded, so what it holds can not
+128 bytes of partial results per program: 21 to 37 bytes a row. A masked row is not loaded, so what it holds can not
 matter. Bounds, coefficients and totals are numbers of the launch, not of the code, and so is the number of rows.
 """
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlcore.algorithms.policy_loss import METRICS
 from rlcore.kernels.policy_loss_terms import (
     BOUND,
     behaviour_weight,
@@ -33,77 +38,174 @@ from rlcore.kernels.policy_loss_terms import (
     uniform_coefficient,
 )
 
-# A field begins anywhere (a chunk is cut at any row), so a thread loads single elements, neighbours side by side. With
-# 4 rows a thread the fullest objective takes 138 registers on sm_90, three programs to a processor. With 2 of them
-# ptxas aims at 64 registers and spills 8 bytes of some objectives; so does 1024 rows with 8 warps. Not measured.
-BLOCK = 512
+# A field begins anywhere (a chunk is cut at any row), so a thread loads single elements, side by side: 2 rows of a tile
+# on NVIDIA, 1 on AMD. The fullest objectives take up to 108 registers on sm_90, 128 on sm_80 and sm_100: four programs
+# to a processor, 1024 rows under way. With 4 rows a thread one took 187, two programs. Not measured.
+TILE = 256
 NUM_WARPS = 4
-# Programs whose partial results are read at once, 4 KiB per 32 programs; 16 warps keep 16 numbers each.
-MERGED = 256
-MERGE_WARPS = 16
-# Room for the metrics of one program, a power of two.
+# Programs wanted of many rows: 132 processors hold all at once, and one program can add what they leave.
+PROGRAMS = 512
+# Tiles of a program at most, whose sums are float.
+MOST_TILES = 64
+# Programs whose partial results are read at once: 16 numbers a thread.
+MERGED = 64
+# Room for the partial results of one program, a power of two.
 ROOM = tl.constexpr(32)
+
+
+def places(*names: str) -> tl.constexpr:
+    """As bits of a number."""
+    return tl.constexpr(sum(1 << METRICS.index(name) for name in names))
+
+
+SMALLEST = places("ratio_min")
+LARGEST = places("ratio_max", "rollout_logp_difference_max")
+TERMS = places("policy_loss", "kl_loss", "entropy_loss")
+SUMS = places("tokens", "policy_loss", "kl_loss", "entropy_loss", "weight_sum", "weight_sq_sum", "loss")
+SHARE = places("ess")
+TOKENS, RATIO_MIN, RATIO_MAX, DIFFERENCE_MAX, WEIGHT_SUM, WEIGHT_SQUARES, ESS, LOSS = (
+    tl.constexpr(METRICS.index(name))
+    for name in ("tokens", "ratio_min", "ratio_max", "rollout_logp_difference_max", "weight_sum", "weight_sq_sum",
+                 "ess", "loss")
+)  # fmt: skip
+
+
+@triton.jit
+def has(bits: tl.constexpr, place):
+    """Which places a set has, given as the bits of a number."""
+    return (((tl.zeros_like(place) + bits) >> place) & 1) != 0
+
+
+@triton.jit
+def at(values, place, wanted: tl.constexpr):
+    return tl.sum(tl.where(place == wanted, values, 0.0), 0)
+
+
+@triton.jit
+def largest(x):
+    """Along the first axis; NaN if there is one."""
+    known = tl.max(tl.where(x == x, x, float("-inf")), 0)
+    return tl.where(tl.max((x != x).to(tl.int32), 0) > 0, float("nan"), known)
 
 
 # ---- partial results
 
 
 @triton.jit
-def largest(x, keep, without):
-    """The largest kept x, NaN if there is one among them, `without` if there is none at all."""
-    known = tl.max(tl.where(keep & (x == x), x, without), 0)
-    return tl.where(tl.max((keep & (x != x)).to(tl.int32), 0) > 0, float("nan"), known)
+def larger(x, y):
+    """NaN if either is."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def store_count(ptr, which):
-    tl.store(ptr, tl.sum(which.to(tl.int32), 0).to(tl.float32))
-
-
-@triton.jit
-def store_ratio_metrics(
-    out, keep, log_ratio, ratio, rest, advantage, floor, ceiling, dual_clip,
+def add_ratio(
+    run, keep, log_ratio, ratio, rest, advantage, floor, ceiling, dual_clip,
     SURROGATE: tl.constexpr, DUAL_CLIP: tl.constexpr,
 ):  # fmt: skip
-    """What the ratio did, from the first metric on: 11 numbers, 12 with a dual clip."""
+    """What the ratio did: the first 12 metrics."""
+    tokens, total, low, high, clip_low, clip_high, clip, k1, k3, idle, advantages, dual = run
     below, above = keep & (ratio < floor), keep & (ratio > ceiling)
     if SURROGATE == "ppo":
         below, above = below & (advantage < 0.0), above & (advantage > 0.0)
-    elif SURROGATE == "reinforce":
-        below, above = tl.zeros_like(keep), tl.zeros_like(keep)
-    store_count(out + 0, keep)
-    tl.store(out + 1, tl.sum(tl.where(keep, ratio, 0.0), 0))
-    tl.store(out + 2, largest(-ratio, keep, float("-inf")))
-    tl.store(out + 3, largest(ratio, keep, float("-inf")))
-    store_count(out + 4, below)
-    store_count(out + 5, above)
-    store_count(out + 6, below | above)
-    tl.store(out + 7, -tl.sum(log_ratio, 0))
-    tl.store(out + 8, tl.sum(rest, 0))
-    store_count(out + 9, keep & (advantage == 0.0))
-    tl.store(out + 10, tl.sum(advantage, 0))
+    if SURROGATE != "reinforce":
+        clip_low += below.to(tl.float32)
+        clip_high += above.to(tl.float32)
+        clip += (below | above).to(tl.float32)
     if DUAL_CLIP:
-        store_count(out + 11, keep & (advantage < 0.0) & (ratio > dual_clip))
+        dual += (keep & (advantage < 0.0) & (ratio > dual_clip)).to(tl.float32)
+    tokens += keep.to(tl.float32)
+    total += tl.where(keep, ratio, 0.0)
+    low = larger(low, tl.where(keep, -ratio, float("-inf")))
+    high = larger(high, tl.where(keep, ratio, float("-inf")))
+    idle += (keep & (advantage == 0.0)).to(tl.float32)
+    return (tokens, total, low, high, clip_low, clip_high, clip, k1 - log_ratio, k3 + rest, idle,
+            advantages + advantage, dual)  # fmt: skip
 
 
 @triton.jit
-def store_rollout_metrics(out, keep, difference, rest, weight, over, CORRECTION: tl.constexpr):
-    """How far the sampler was: 6 numbers, 7 with a correction; the fifth from here is made of others at the end."""
+def add_rollout(run, keep, difference, rest, weight, over, CORRECTION: tl.constexpr):
+    """How far the sampler was: 7 metrics, of which the sixth is made of others at the end."""
+    k1, k3, most, total, squares, share, corrected = run
     weight = tl.where(keep, weight, 0.0)
-    tl.store(out + 0, -tl.sum(difference, 0))
-    tl.store(out + 1, tl.sum(rest, 0))
-    tl.store(out + 2, largest(tl.abs(difference), keep, 0.0))
-    tl.store(out + 3, tl.sum(weight, 0))
-    tl.store(out + 4, tl.sum(weight * weight, 0))
-    tl.store(out + 5, 0.0)
     if CORRECTION:
-        store_count(out + 6, keep & over)
+        corrected += (keep & over).to(tl.float32)
+    most = larger(most, tl.abs(difference))
+    return k1 - difference, k3 + rest, most, total + weight, squares + weight * weight, share, corrected
 
 
-# ---- the two launches
+@triton.jit
+def joined(tiles):
+    """Half as many, each of two, the second from the second half."""
+    half: tl.constexpr = len(tiles) // 2
+    pairs = ()
+    for i in tl.static_range(half):
+        pairs = pairs + (tl.join(tiles[i], tiles[i + half]),)
+    return pairs
 
 
-def policy_rows_kernel(
+@triton.jit
+def store_partials(out, run, CHOSEN: tl.constexpr, TILE: tl.constexpr):
+    """The row of partial results of what a program's tile holds, in their places.
+
+    All metrics are reduced at once: each alone would take four barriers. Single numbers are stored by one thread, the
+    one that counts the program afterwards: what it releases is what it has written.
+    """
+    place = tl.arange(0, ROOM)
+    sums = ()
+    for k in tl.static_range(ROOM):
+        if k < LOSS and (((SMALLEST | LARGEST) >> k) & 1) == 0:
+            sums = sums + (run[k],)
+        else:
+            sums = sums + (tl.zeros([TILE], dtype=tl.float32),)
+    value = tl.sum(tl.reshape(joined(joined(joined(joined(joined(sums)))))[0], (TILE, ROOM)), 0)
+    extremes = (run[RATIO_MIN], run[RATIO_MAX], run[DIFFERENCE_MAX], run[DIFFERENCE_MAX])
+    most = largest(tl.reshape(joined(joined(extremes))[0], (TILE, 4)))
+    which = tl.arange(0, 4)
+    value = tl.where(place == RATIO_MIN, at(most, which, 0), value)
+    value = tl.where(place == RATIO_MAX, at(most, which, 1), value)
+    value = tl.where(place == DIFFERENCE_MAX, at(most, which, 2), value)
+    for k in tl.static_range(LOSS):
+        if ((CHOSEN >> k) & 1) != 0:
+            tl.store(out + k, at(value, place, k))
+
+
+# ---- what the last program makes of it
+
+
+@triton.jit
+def merge(partials_ptr, tokens_ptr, loss_ptr, metrics_ptr, programs, CHOSEN: tl.constexpr, MERGED: tl.constexpr):
+    """Adds the partial results in their order, in fp64, and makes metrics of them."""
+    place = tl.arange(0, ROOM)
+    total = tl.zeros([MERGED, ROOM], dtype=tl.float64)
+    most = tl.full([MERGED, ROOM], float("-inf"), dtype=tl.float32)
+    for start in range(0, programs, MERGED):
+        program = start + tl.arange(0, MERGED).to(tl.int64)
+        there = (program < programs)[:, None] & (has(CHOSEN, place) & (place < LOSS))[None, :]
+        # Past the first level cache, which does not see what other processors write.
+        row = partials_ptr + program[:, None] * ROOM
+        x = tl.load(row + place[None, :], mask=there, other=0.0, cache_modifier=".cg")
+        total += x.to(tl.float64)
+        most = larger(most, tl.where(there, x, float("-inf")))
+    value = tl.sum(total, 0)
+    tokens = tl.maximum(tl.load(tokens_ptr).to(tl.float32), 1.0).to(tl.float64)
+    value = tl.where(has(SUMS, place), value, value / tokens)
+    extreme = largest(most).to(tl.float64)
+    value = tl.where(has(LARGEST, place), extreme, value)
+    value = tl.where(has(SMALLEST, place), -extreme, value)
+    if (SHARE & CHOSEN) != 0:
+        weight, squares = at(value, place, WEIGHT_SUM), at(value, place, TOKENS) * at(value, place, WEIGHT_SQUARES)
+        value = tl.where(place == ESS, tl.where(squares > 0, weight * weight / squares, 1.0), value)
+    loss = tl.sum(tl.where(has(TERMS, place), value, 0.0), 0)
+    value = tl.where(place == LOSS, loss, value)
+    chosen = has(CHOSEN, place)
+    tl.store(metrics_ptr + tl.cumsum(chosen.to(tl.int32), 0) - 1, value.to(tl.float32), mask=chosen)
+    tl.store(loss_ptr, loss.to(tl.float32))
+
+
+# ---- the launch
+
+
+def policy_loss_kernel(
     logp_ptr,  # [N], like all fields: floats of any width, contiguous, None where the batch has none
     entropy_ptr,
     advantage_ptr,
@@ -123,7 +225,12 @@ def policy_rows_kernel(
     d_logp_ptr,  # [N] float32; None: not asked for
     d_entropy_ptr,  # [N] float32; None: not asked for
     partials_ptr,  # [programs, ROOM] float32
+    counters_ptr,  # int32, of which one is 0 and this launch's own; the last program leaves it at 0
+    loss_ptr,  # [] float32
+    metrics_ptr,  # [of CHOSEN] float32
+    turn,  # which counter
     n,
+    tiles,  # of a program
     clip_low,
     clip_high,
     dual_clip,
@@ -138,166 +245,140 @@ def policy_rows_kernel(
     DUAL_CLIP: tl.constexpr,
     CORRECTION: tl.constexpr,
     ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHOSEN: tl.constexpr,  # bits of the metrics that are wanted
+    TILE: tl.constexpr,
+    MERGED: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    row = program * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-    inside = row < n
-    keep = inside
-    if mask_ptr is not None:
-        keep = keep & (tl.load(mask_ptr + row, mask=inside, other=0) != 0)
-    logp = read(logp_ptr, row, keep)
-    old_logp = read_or(old_logp_ptr, row, keep, 0.0)
-    if old_logp_ptr is None:
-        old_logp = logp
-    advantage = read(advantage_ptr, row, keep)
-    if coefficient_ptr is not None:
-        coefficient = read(coefficient_ptr, row, keep)
-    else:
-        coefficient = tl.where(keep, uniform_coefficient(tokens_ptr, sequences_ptr, length, AGGREGATE), 0.0)
+    first = tl.program_id(0).to(tl.int64) * tiles * TILE + tl.arange(0, TILE)
+    uniform = 0.0
+    if coefficient_ptr is None:
+        uniform = uniform_coefficient(tokens_ptr, sequences_ptr, length, AGGREGATE)
+    zero = tl.zeros([TILE], dtype=tl.float32)
+    least = tl.full([TILE], float("-inf"), dtype=tl.float32)
+    by_ratio = (zero, zero, least, least, zero, zero, zero, zero, zero, zero, zero, zero)
+    policy, kl, bonus, logps, entropies, ref_k1s, ref_k3s = zero, zero, zero, zero, zero, zero, zero
+    by_rollout = (zero, zero, zero, zero, zero, zero, zero)
+    for tile in range(tiles):
+        row = first + tile * TILE
+        inside = row < n
+        keep = inside
+        if mask_ptr is not None:
+            keep = keep & (tl.load(mask_ptr + row, mask=inside, other=0) != 0)
+        logp = read(logp_ptr, row, keep)
+        old_logp = read_or(old_logp_ptr, row, keep, 0.0)
+        if old_logp_ptr is None:
+            old_logp = logp
+        advantage = read(advantage_ptr, row, keep)
+        if coefficient_ptr is not None:
+            coefficient = read(coefficient_ptr, row, keep)
+        else:
+            coefficient = tl.where(keep, uniform, 0.0)
 
-    if RATIO == "unit":
-        log_ratio = read(mean_ptr, row, keep)
-    elif RATIO == "token":
-        log_ratio = logp - old_logp
-    else:
-        log_ratio = logp - logp
-    moves = tl.abs(log_ratio) <= BOUND
-    log_ratio = bounded(log_ratio)
-    ratio, _, rest = exponentials(log_ratio)
-    floor = 1.0 - read_or(clip_low_ptr, row, keep, clip_low)
-    ceiling = 1.0 + read_or(clip_high_ptr, row, keep, clip_high)
-    loss, by_log_ratio, by_logp = surrogate_term(
-        logp, ratio, advantage, floor, ceiling, dual_clip, RATIO, SURROGATE, DUAL_CLIP
+        if RATIO == "unit":
+            log_ratio = read(mean_ptr, row, keep)
+        elif RATIO == "token":
+            log_ratio = logp - old_logp
+        else:
+            log_ratio = logp - logp
+        moves = tl.abs(log_ratio) <= BOUND
+        log_ratio = bounded(log_ratio)
+        ratio, _, rest = exponentials(log_ratio)
+        floor = 1.0 - read_or(clip_low_ptr, row, keep, clip_low)
+        ceiling = 1.0 + read_or(clip_high_ptr, row, keep, clip_high)
+        by_ratio = add_ratio(
+            by_ratio, keep, log_ratio, ratio, rest, advantage, floor, ceiling, dual_clip, SURROGATE, DUAL_CLIP
+        )
+        loss, by_log_ratio, by_logp = surrogate_term(
+            logp, ratio, advantage, floor, ceiling, dual_clip, RATIO, SURROGATE, DUAL_CLIP
+        )
+        factor = coefficient
+        if rollout_logp_ptr is not None:
+            difference = old_logp - read(rollout_logp_ptr, row, keep)
+            weight, over, rollout_k3 = behaviour_weight(difference, cap, CORRECTION)
+            by_rollout = add_rollout(by_rollout, keep, difference, rollout_k3, weight, over, CORRECTION)
+            if CORRECTION:
+                factor *= weight
+        if weight_ptr is not None:
+            factor *= read(weight_ptr, row, keep)
+        policy += factor * loss
+        d_logp = factor * by_logp
+        if RATIO == "unit":
+            if through_ptr is not None:
+                d_logp += read(through_ptr, row, keep)
+        else:
+            d_logp += tl.where(moves, factor * by_log_ratio, 0.0)
+
+        if ref_logp_ptr is not None:
+            # Rows outside the KL mask have a difference of 0, whatever the reference holds there.
+            chosen = keep
+            if kl_mask_ptr is not None:
+                chosen = chosen & (tl.load(kl_mask_ptr + row, mask=keep, other=0) != 0)
+            x = tl.where(chosen, logp - read(ref_logp_ptr, row, chosen), 0.0)
+            value, slope, ref_k1, ref_k3 = kl_term(x, ESTIMATOR)
+            ref_k1s += ref_k1
+            ref_k3s += ref_k3
+            if ESTIMATOR != "":
+                selected = kl_coefficient * tl.where(chosen, coefficient, 0.0)
+                kl += selected * value
+                d_logp += selected * slope
+        logps += logp
+        if entropy_ptr is not None:
+            entropy = read(entropy_ptr, row, keep)
+            entropies += entropy
+            if ENTROPY:
+                bonus -= entropy_coefficient * coefficient * entropy
+        if d_logp_ptr is not None:
+            tl.store(d_logp_ptr + row, tl.where(keep, d_logp, 0.0), mask=inside)
+        if d_entropy_ptr is not None:
+            tl.store(d_entropy_ptr + row, -entropy_coefficient * coefficient, mask=inside)
+
+    out = partials_ptr + tl.program_id(0).to(tl.int64) * ROOM
+    store_partials(
+        out, by_ratio + (policy, kl, bonus, logps, entropies, ref_k1s, ref_k3s) + by_rollout, CHOSEN, TILE
     )
-    out = partials_ptr + program * ROOM
-    store_ratio_metrics(
-        out, keep, log_ratio, ratio, rest, advantage, floor, ceiling, dual_clip, SURROGATE, DUAL_CLIP
-    )
-    place = out + (12 if DUAL_CLIP else 11)
-
-    factor = coefficient
-    difference = tl.zeros_like(logp)
-    if rollout_logp_ptr is not None:
-        difference = old_logp - read(rollout_logp_ptr, row, keep)
-    weight, over, rollout_k3 = behaviour_weight(difference, cap, CORRECTION)
-    if CORRECTION:
-        loss *= weight
-        factor *= weight
-    if weight_ptr is not None:
-        own_weight = read(weight_ptr, row, keep)
-        loss *= own_weight
-        factor *= own_weight
-    tl.store(place, tl.sum(coefficient * loss, 0))
-    place += 1
-    d_logp = factor * by_logp
-    if RATIO == "unit":
-        if through_ptr is not None:
-            d_logp += read(through_ptr, row, keep)
-    else:
-        d_logp += tl.where(moves, factor * by_log_ratio, 0.0)
-
-    if ref_logp_ptr is not None:
-        # Rows outside the KL mask have a difference of 0, whatever the reference holds there.
-        chosen = keep
-        if kl_mask_ptr is not None:
-            chosen = chosen & (tl.load(kl_mask_ptr + row, mask=keep, other=0) != 0)
-        x = tl.where(chosen, logp - read(ref_logp_ptr, row, chosen), 0.0)
-        value, slope, ref_k1, ref_k3 = kl_term(x, ESTIMATOR)
-        if ESTIMATOR != "":
-            selected = kl_coefficient * tl.where(chosen, coefficient, 0.0)
-            tl.store(place, tl.sum(selected * value, 0))
-            place += 1
-            d_logp += selected * slope
-    if d_logp_ptr is not None:
-        tl.store(d_logp_ptr + row, tl.where(keep, d_logp, 0.0), mask=inside)
-    if d_entropy_ptr is not None:
-        tl.store(d_entropy_ptr + row, -entropy_coefficient * coefficient, mask=inside)
-
-    entropy = read_or(entropy_ptr, row, keep, 0.0)
-    if ENTROPY:
-        tl.store(place, -tl.sum(entropy_coefficient * coefficient * entropy, 0))
-        place += 1
-    tl.store(place, tl.sum(logp, 0))
-    place += 1
-    if entropy_ptr is not None:
-        tl.store(place, tl.sum(entropy, 0))
-        place += 1
-    if ref_logp_ptr is not None:
-        tl.store(place, tl.sum(ref_k1, 0))
-        tl.store(place + 1, tl.sum(ref_k3, 0))
-        place += 2
-    if rollout_logp_ptr is not None:
-        store_rollout_metrics(place, keep, difference, rollout_k3, weight, over, CORRECTION)
+    # The count is all that programs share. It orders: partial results stored before it are seen after it, anywhere.
+    tl.debug_barrier()
+    if tl.atomic_add(counters_ptr + turn, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
+        tl.store(counters_ptr + turn, 0)
+        merge(partials_ptr, tokens_ptr, loss_ptr, metrics_ptr, tl.num_programs(0), CHOSEN, MERGED)
 
 
 # One compilation per structure and dtypes: neither where a field begins nor how many rows there are makes another.
 FIELDS = ("logp", "entropy", "advantage", "old_logp", "ref_logp", "rollout_logp", "weight", "clip_low", "clip_high",
           "mask", "kl_mask", "coefficient", "mean", "through")  # fmt: skip
-OTHERS = ("tokens", "sequences", "d_logp", "d_entropy", "partials")
-policy_rows_kernel = triton.jit(
-    policy_rows_kernel, do_not_specialize=["n"],
+OTHERS = ("tokens", "sequences", "d_logp", "d_entropy", "partials", "counters", "loss", "metrics")
+policy_loss_kernel = triton.jit(
+    policy_loss_kernel, do_not_specialize=["turn", "n", "tiles"],
     do_not_specialize_on_alignment=[f"{name}_ptr" for name in (*FIELDS, *OTHERS)],
 )  # fmt: skip
 
-
-@triton.jit
-def has(bits: tl.constexpr, place):
-    """Which places a set has, given as the bits of a number."""
-    return ((bits >> place) & 1) != 0
-
-
-@triton.jit
-def at(values, place, wanted: tl.constexpr):
-    return tl.sum(tl.where(place == wanted, values, 0.0), 0)
+# Launches take turns with the counters of their device; as many can not be under way.
+TURNS = 1 << 14
+turns = itertools.count()
+counters: dict[torch.device, Tensor] = {}
+counters_made = threading.Lock()
 
 
-@triton.jit(do_not_specialize=["programs"])
-def policy_metrics_kernel(
-    partials_ptr,  # [programs, ROOM] float32
-    tokens_ptr,
-    loss_ptr,  # [] float32
-    metrics_ptr,  # [COUNT] float32
-    programs,
-    COUNT: tl.constexpr,
-    MEANS: tl.constexpr,  # bits of the metrics that are means over the minibatch's tokens
-    LARGEST: tl.constexpr,  # bits of those that are the largest of the partial results
-    SMALLEST: tl.constexpr,  # bits of those of which the partial results hold the largest of the negatives
-    TERMS: tl.constexpr,  # bits of those that add up to the loss
-    WEIGHTS: tl.constexpr,  # place of the sum of weights, their squares and the effective sample size follow; -1: none
-    BLOCK: tl.constexpr,
-):
-    """One program: adds the partial results in their order, in fp64, and makes metrics of them."""
-    place = tl.arange(0, ROOM)
-    written = place < COUNT - 1
-    total = tl.zeros([BLOCK, ROOM], dtype=tl.float64)
-    most = tl.full([BLOCK, ROOM], float("-inf"), dtype=tl.float32)
-    broken = tl.zeros([BLOCK, ROOM], dtype=tl.int32)
-    for start in range(0, programs, BLOCK):
-        program = start + tl.arange(0, BLOCK).to(tl.int64)
-        there = (program < programs)[:, None] & written[None, :]
-        x = tl.load(partials_ptr + program[:, None] * ROOM + place[None, :], mask=there, other=0.0)
-        total += x.to(tl.float64)
-        broken |= (x != x).to(tl.int32)
-        most = tl.maximum(most, tl.where(there & (x == x), x, float("-inf")))
-    tokens = tl.maximum(tl.load(tokens_ptr).to(tl.float32), 1.0).to(tl.float64)
-    value = tl.sum(total, 0)
-    value = tl.where(has(MEANS, place), value / tokens, value)
-    extreme = tl.where(tl.max(broken, 0) > 0, float("nan"), tl.max(most, 0)).to(tl.float64)
-    value = tl.where(has(LARGEST, place), extreme, value)
-    value = tl.where(has(SMALLEST, place), -extreme, value)
-    if WEIGHTS >= 0:
-        weight, squares = at(value, place, WEIGHTS), at(value, place, 0) * at(value, place, WEIGHTS + 1)
-        share = tl.where(squares > 0, weight * weight / squares, 1.0)
-        value = tl.where(place == WEIGHTS + 2, share, value)
-    loss = tl.sum(tl.where(has(TERMS, place), value, 0.0), 0)
-    value = tl.where(place == COUNT - 1, loss, value)
-    tl.store(metrics_ptr + place, value.to(tl.float32), mask=place < COUNT)
-    tl.store(loss_ptr, loss.to(tl.float32))
+def counter_of(device: torch.device) -> tuple[Tensor, int]:
+    """Counters, and which of them is 0 and no other launch's for as long as this one runs.
+
+    A CUDA graph runs again and again, whatever other launches have the turn it was captured with: it brings its own.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device), 0
+    with counters_made:
+        if device not in counters:
+            # torch.compile's CUDA graphs have what their thread allocates overwritten one day: another thread does it.
+            maker = threading.Thread(target=make_counters, args=(device,))
+            maker.start()
+            maker.join()
+        return counters[device], next(turns) % TURNS
 
 
-SUMS = ("tokens", "weight_sum", "weight_sq_sum", "ess", "loss")
-TERMS = ("policy_loss", "kl_loss", "entropy_loss")
+def make_counters(device: torch.device) -> None:
+    counters[device] = torch.zeros(TURNS, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # once: launches on any stream find zeros
 
 
 def policy_loss(
@@ -317,23 +398,14 @@ def policy_loss(
     logp = fields["logp"]
     assert logp is not None
     n, new = logp.shape[0], lambda *shape: torch.empty(shape, dtype=torch.float32, device=logp.device)
-    programs = max(1, triton.cdiv(n, BLOCK))
+    tiles = min(max(1, triton.cdiv(n, TILE * PROGRAMS)), MOST_TILES)
+    programs = max(1, triton.cdiv(n, TILE * tiles))
     loss, metrics, partials = new(), new(len(names)), new(programs, ROOM.value)
     d_logp, d_entropy = new(n if needs[0] else 0), new(n if needs[1] else 0)
-    policy_rows_kernel[(programs,)](
+    shared, turn = counter_of(logp.device)
+    policy_loss_kernel[(programs,)](
         *(fields.get(name) for name in FIELDS), *totals, d_logp if needs[0] else None, d_entropy if needs[1] else None,
-        partials, n, *numbers, *structure, BLOCK=BLOCK, num_warps=NUM_WARPS,
-    )  # fmt: skip
-    bits = lambda chosen: sum(1 << i for i, name in enumerate(names) if chosen(name))  # noqa: E731
-    policy_metrics_kernel[(1,)](
-        partials, totals[0], loss, metrics, programs,
-        COUNT=len(names),
-        MEANS=bits(lambda name: name not in (*SUMS, *TERMS)),
-        LARGEST=bits(lambda name: name.endswith("_max")),
-        SMALLEST=bits(lambda name: name.endswith("_min")),
-        TERMS=bits(lambda name: name in TERMS),
-        WEIGHTS=names.index("weight_sum") if "weight_sum" in names else -1,
-        BLOCK=MERGED,
-        num_warps=MERGE_WARPS,
+        partials, shared, loss, metrics, turn, n, tiles, *numbers, *structure, places(*names).value,
+        TILE=TILE, MERGED=MERGED, num_warps=NUM_WARPS,
     )  # fmt: skip
     return loss, metrics, d_logp, d_entropy

@@ -1,4 +1,4 @@
-"""What the rows of a unit (a sequence, a segment of one) share in the policy loss, one launch before its other two.
+"""What the rows of a unit (a sequence, a segment of one) share in the policy loss, one launch before its own.
 
     tokens_u = unmasked rows of u,      mean_u = sum_i (logp_i - old_logp_i) / tokens_u,
     through_u = sum_i d loss / d mean_u by row i / tokens_u,      c_u = 1 / (tokens_u * sequences)
@@ -67,7 +67,7 @@ def mean_log_ratio(begin, end, logp_ptr, old_logp_ptr, mask_ptr, order_ptr, MEAN
 
 
 def policy_units_kernel(
-    logp_ptr,  # [N], like all fields; see policy_rows_kernel
+    logp_ptr,  # [N], like all fields; see policy_loss_kernel
     advantage_ptr,
     old_logp_ptr,
     rollout_logp_ptr,

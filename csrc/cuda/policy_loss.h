@@ -75,7 +75,7 @@ struct PolicyJob {
     unsigned chosen;   // which of the metrics below are written, in their order
 };
 
-// rlcore.algorithms.policy_loss.metric_names with every option; rlcore.ops.policy_loss_cuda.METRICS has the same order.
+// In the order of rlcore.algorithms.policy_loss.METRICS.
 enum Metric {
     kTokens,
     kRatioMean,

@@ -324,21 +324,28 @@ def custom_metric(name: str, value: Tensor, per_token: Tensor, keep: Tensor) -> 
     return (per_token * torch.where(keep, value, 0)).sum()
 
 
+# Every metric in its order, which kernels count on.
+METRICS = (
+    "tokens", "ratio_mean", "ratio_min", "ratio_max", "clip_low_fraction", "clip_high_fraction", "clip_fraction",
+    "old_kl_k1", "old_kl_k3", "zero_advantage_fraction", "advantage_mean", "dual_clip_fraction", "policy_loss",
+    "kl_loss", "entropy_loss", "logp_mean", "entropy", "ref_kl_k1", "ref_kl_k3", "rollout_kl_k1", "rollout_kl_k3",
+    "rollout_logp_difference_max", "weight_sum", "weight_sq_sum", "ess", "correction_clip_fraction", "loss",
+)  # fmt: skip
+
+
 def metric_names(batch: TokenBatch, objective: Objective, entropy: bool) -> tuple[str, ...]:
     """The names of the metrics that `chunk_loss` returns, in its order, known without running it."""
     if objective.custom_loss is not None:
         return ("tokens", "loss", *objective.custom_metrics)
-    names = ["tokens", "ratio_mean", "ratio_min", "ratio_max", "clip_low_fraction", "clip_high_fraction",
-             "clip_fraction", "old_kl_k1", "old_kl_k3", "zero_advantage_fraction", "advantage_mean"]  # fmt: skip
-    names += ["dual_clip_fraction"] * objective.has_dual_clip
-    names += ["policy_loss"] + ["kl_loss"] * (objective.kl is not None) + ["entropy_loss"] * objective.needs_entropy
-    names += ["logp_mean"] + ["entropy"] * entropy
-    if batch.ref_logp is not None:
-        names += ["ref_kl_k1", "ref_kl_k3"]
-    if batch.rollout_logp is not None:
-        names += ["rollout_kl_k1", "rollout_kl_k3", "rollout_logp_difference_max", "weight_sum", "weight_sq_sum", "ess"]
-        names += ["correction_clip_fraction"] * objective.has_correction
-    return (*names, "loss")
+    there = {
+        "dual_clip_fraction": objective.has_dual_clip, "kl_loss": objective.kl is not None,
+        "entropy_loss": objective.needs_entropy, "entropy": entropy, "ref_kl_k1": batch.ref_logp is not None,
+        "ref_kl_k3": batch.ref_logp is not None,
+    }  # fmt: skip
+    first = METRICS.index("rollout_kl_k1")
+    there |= dict.fromkeys(METRICS[first:-1], batch.rollout_logp is not None)
+    there["correction_clip_fraction"] &= objective.has_correction
+    return tuple(name for name in METRICS if there.get(name, True))
 
 
 def without_masked_values(batch: TokenBatch, dtype: torch.dtype) -> TokenBatch:

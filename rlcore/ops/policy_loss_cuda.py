@@ -10,19 +10,13 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms.objective import Objective
-from rlcore.algorithms.policy_loss import FIELDS, Evaluated, metric_names, ratio_level
+from rlcore.algorithms.policy_loss import FIELDS, METRICS, Evaluated, metric_names, ratio_level
 from rlcore.layout import TokenBatch, flat_offsets
 from rlcore.ops import backend
 from rlcore.ops.policy_loss_native import Arguments
 from rlcore.ops.policy_loss_triton import arranged
 
-# Every metric in the order of `metric_names`: what the kernel counts on (csrc/cuda/policy_loss.h).
-METRICS = (
-    "tokens", "ratio_mean", "ratio_min", "ratio_max", "clip_low_fraction", "clip_high_fraction", "clip_fraction",
-    "old_kl_k1", "old_kl_k3", "zero_advantage_fraction", "advantage_mean", "dual_clip_fraction", "policy_loss",
-    "kl_loss", "entropy_loss", "logp_mean", "entropy", "ref_kl_k1", "ref_kl_k3", "rollout_kl_k1", "rollout_kl_k3",
-    "rollout_logp_difference_max", "weight_sum", "weight_sq_sum", "ess", "correction_clip_fraction", "loss",
-)  # fmt: skip
+# As csrc/cuda/policy_loss.h counts them.
 PLACES = {name: place for place, name in enumerate(METRICS)}
 
 

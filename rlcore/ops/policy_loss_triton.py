@@ -1,4 +1,4 @@
-"""The policy loss in Triton: loss, gradients and all metrics of a batch in two launches, three for shared ratios.
+"""The policy loss in Triton: loss, gradients and all metrics of a batch in one launch, two for shared ratios.
 
 The kernels read a batch's fields where they lie, in any floating dtype; nothing waits for the device.
 """

@@ -88,11 +88,35 @@ def test_plain_objectives_without_options(device, ratio, surrogate):
 def test_many_rows_and_the_same_bits_again(device, ratio, aggregate, monkeypatch):
     from rlcore.kernels import policy_loss as kernels
 
-    monkeypatch.setattr(kernels, "MERGED", 2)  # fewer than there are programs
+    # 6 programs, of which two are added at once, of 7 tiles each, the last of fewer.
+    for name, value in {"TILE": 64, "PROGRAMS": 6, "MERGED": 2}.items():
+        monkeypatch.setattr(kernels, name, value)
     logp, entropy, batch, objective = large(ratio, aggregate)
     got = run("triton", logp, batch, objective, entropy, device, d_loss=-3.0)
     agree(got, run("reference", logp.double(), widened(batch), objective, entropy.double(), d_loss=-3.0))
     same(got, run("triton", logp, batch, objective, entropy, device, d_loss=-3.0))
+
+
+def test_launches_take_turns_with_counters_and_leave_them_at_zero(device, monkeypatch):
+    from rlcore.kernels import policy_loss as kernels
+
+    made = kernels.counter_of(torch.empty((), device=device).device)[0]
+    logp, entropy, batch, objective = large("token", "token_mean")
+    parts = [(0, 700), (0, 2500), (700, 1900), (0, 1), (0, 2500)]  # programs: 3, 10, 5, 1, 10
+    losses = []
+    for count in (1, 2):
+        monkeypatch.setattr(kernels, "TURNS", count)
+        for start, stop in parts:
+            part = replace(batch, offsets=torch.tensor([0, stop - start]), totals=batch.totals,
+                           **{k: getattr(batch, k)[start:stop] for k in
+                              ("target", "mask", "advantage", "old_logp", "ref_logp", "rollout_logp", "weight",
+                               "segment")})  # fmt: skip
+            got = run("triton", logp[start:stop], part, objective, entropy[start:stop], device)
+            agree(got, run("reference", logp[start:stop].double(), widened(part), objective,
+                           entropy[start:stop].double()))  # fmt: skip
+            losses.append(got[0])
+            assert not made.any()
+    assert losses[: len(parts)] == losses[len(parts) :]
 
 
 @pytest.mark.parametrize("dual_clip", [None, 1.5])
@@ -280,7 +304,7 @@ def compilations(cases) -> list[int]:
 
     from rlcore.kernels import policy_loss, policy_loss_units
 
-    kernels = (policy_loss.policy_rows_kernel, policy_loss.policy_metrics_kernel, policy_loss_units.policy_units_kernel)
+    kernels = (policy_loss.policy_loss_kernel, policy_loss_units.policy_units_kernel)
     counts = []
     with compiling("sm_90"):
         for case in cases:
@@ -303,8 +327,8 @@ def test_no_number_length_or_cut_compiles_again():
         return x[start:], None, batch, objective, (True, False)
 
     lengths = [case(4096, 0, (0.2, 0.2), 9.0), case(1, 0, (0.1, 0.3), 1.0), case(77, 3, (0.0, 1.0), 16.0),
-               case(9000, 1, (1.0, 2.0), 2.0)]  # fmt: skip
-    assert compilations(lengths) == [3, 3, 3, 3]
+               case(400_000, 1, (1.0, 2.0), 2.0)]  # fmt: skip
+    assert compilations(lengths) == [2, 2, 2, 2]
 
 
 # ---- on a GPU alone
@@ -334,5 +358,51 @@ def test_in_a_cuda_graph():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = raw.policy_loss_triton.evaluate(logp, entropy, batch, objective, (True, True))
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, eager, strict=True))
+    for _ in range(3):
+        for x in captured:
+            x.zero_()
+        graph.replay()
+        again = raw.policy_loss_triton.evaluate(logp, entropy, batch, objective, (True, True))
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(eager, captured, again, strict=True))
+
+
+def million(**options):
+    n = 1 << 20
+    logp = -torch.rand(n, device="cuda")
+    target, offsets = torch.zeros(n, dtype=torch.int64, device="cuda"), torch.tensor([0, n], device="cuda")
+    return logp, rl.TokenBatch(target, offsets, advantage=torch.randn(n, device="cuda"), old_logp=logp + 0.1, **options)
+
+
+@needs_gpu
+def test_launches_on_several_streams_at_once():
+    logp, batch = million()
+    evaluate = lambda: raw.policy_loss_triton.evaluate(logp, None, batch, rl.Objective(), (True, False))  # noqa: E731
+    first, found = evaluate(), []
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    for i in range(64):
+        with torch.cuda.stream(streams[i % 4]):
+            found.append(evaluate())
+    torch.cuda.synchronize()
+    assert all(torch.equal(x, y) for out in found for x, y in zip(out, first, strict=True))
+
+
+@needs_gpu
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_a_million_tokens_take_two_launches_and_one_more_for_sequences(ratio):
+    logp, batch = million()
+    leaf, entropy = logp.requires_grad_(), torch.rand_like(logp).requires_grad_()
+    objective, one = rl.Objective(ratio, entropy=0.01), torch.ones((), device="cuda")
+
+    def step():
+        rl.policy_loss(leaf, batch, objective, entropy)[0].backward(one)
+        leaf.grad = entropy.grad = None
+        torch.cuda.synchronize()
+
+    with rl.backend("triton"):
+        step()  # compiles
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step()
+    launches = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(launches) <= 2 + (ratio == "sequence"), launches

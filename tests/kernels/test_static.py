@@ -23,6 +23,8 @@ from static_cases import FAMILIES, QUICK  # noqa: E402
 
 # Growth that a change of the compiler's version may bring; more is to be looked at, then recorded by `make static`.
 GROWTH = 1.10
+# Programs that count themselves, for the last of them to add what all have stored, in one order: no sum is atomic.
+COUNTS = {"policy_loss_kernel": 1}
 
 
 def cases(family: str):
@@ -39,7 +41,8 @@ def test_kernels_compile_within_limits(family, label, target):
     found = static.compile_family({label: FAMILIES[family][label]}, target)[label]
     assert [f.kernel for f in found] == [r["kernel"] for r in recorded], "the launches have changed: run `make static`"
     for facts, record in zip(found, recorded):
-        assert facts.atomics == 0, f"{facts.kernel}: the result would depend on the order of programs"
+        atomics = COUNTS.get(facts.kernel, 0)
+        assert facts.atomics == atomics, f"{facts.kernel}: the result would depend on the order of programs"
         assert facts.shared <= static.SHARED_LIMIT[target]
         assert facts.shared <= GROWTH * record["shared"]
         assert facts.registers <= max(GROWTH * record["registers"], record["registers"] + 8)
