@@ -1,7 +1,17 @@
 """Shared test settings: one thread, fixed seeds, and NaN in every uninitialized tensor."""
 
+import os
+from contextlib import suppress
+
 import pytest
 import torch
+
+with suppress(ModuleNotFoundError):  # a machine with a GPU may lack it: tests that need it are not collected there
+    from hypothesis import settings
+
+    # The same examples in every run, as of all other tests. HYPOTHESIS_PROFILE=default looks for new ones.
+    settings.register_profile("fixed", derandomize=True)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 @pytest.fixture(autouse=True, scope="session")

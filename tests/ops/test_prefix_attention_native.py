@@ -76,12 +76,15 @@ def check(tree, rows, inputs, scale=0.4, **options):
     q, k, v, do, sink = (None if x is None else x.double().numpy() for x in inputs)
     expected = oracle.attention(q, k, v, rows, scale, **options, sink=sink, do=do)
     norm = max(float(abs(g).max()) for g in expected[1:] if g is not None)
+    whole = sum(float((g**2).sum()) for g in expected[1:] if g is not None) ** 0.5
     actual, baseline = run(tree, *inputs, scale, **options), plain(tree, *inputs, scale, **options)
     everything = zip(actual, expected, baseline, strict=False)
     for name, (got, reference, other) in zip(("o", "dq", "dk", "dv", "dsink"), everything, strict=False):
         gradient = name != "o"
         assert got.dtype == inputs[0].dtype
-        assert_accurate(got, reference, other, gradient=gradient, norm=norm if gradient else None, name=name)
+        # One number per head, summed over all rows: plain torch's error may be 0 by luck, so the floor is the whole's.
+        floor = whole if name == "dsink" else norm
+        assert_accurate(got, reference, other, gradient=gradient, norm=floor if gradient else None, name=name)
 
 
 @pytest.mark.parametrize("sink", [False, True])
