@@ -96,7 +96,10 @@ def prefix_attention() -> dict[str, Case]:
         backward.prefix_attention_dq(*rows, *work, *options, backward.query_blocks(D, dtype))
         keys.prefix_attention_dkdv(*rows, *work, splits, 1, *options, keys.key_blocks(D, dtype))
 
-    return {"bfloat16 head size 128": lambda: launch(torch.bfloat16, 128, None, None, None)}
+    return {
+        "bfloat16 head size 128": partial(launch, torch.bfloat16, 128, None, None, None),
+        "bfloat16 head size 256 sink, window, softcap": partial(launch, torch.bfloat16, 256, empty(8), 9, 2.0),
+    }
 
 
 def policy_loss() -> dict[str, Case]:

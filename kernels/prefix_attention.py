@@ -43,28 +43,44 @@ class Blocks(NamedTuple):
     stages: int
 
 
+# By kind of chip and head size, up to 64, 128 and 256: chosen by what the compiler reports (bench/static), so that
+# nothing is on the stack; times are not measured.
+FORWARD = {
+    # 8 warps hold 128 lanes of 128 columns in half of their registers, which leaves room for 64 scores a lane; three
+    # stages are 132 KiB. At 256 columns half the keys: 64 would go to the stack.
+    "sm_90": (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 2)),
+    # Sums come from tensor memory to registers as a whole, beside the scores: 64 keys were 32 to 160 bytes of stack,
+    # 128 lanes of 256 columns 344. 16 warps do not use tensor memory at all.
+    "sm_100": (Blocks(128, 32, 8, 3), Blocks(128, 32, 8, 3), Blocks(64, 32, 8, 2)),
+    # q is in registers too: at 256 columns 64 lanes, as 128 were 400 bytes of stack.
+    "sm_80": (Blocks(128, 32, 8, 3), Blocks(128, 32, 8, 3), Blocks(64, 32, 8, 2)),
+    # 64 KiB of shared memory and waves of 64 threads: 4 of them, one stage.
+    "amd": (Blocks(128, 64, 4, 1), Blocks(128, 64, 4, 1), Blocks(64, 32, 4, 1)),
+    # No tensor cores: a product keeps whole rows of both sides in registers, hence small tiles.
+    "float32": (Blocks(32, 32, 4, 1), Blocks(16, 32, 8, 1), Blocks(16, 16, 8, 1)),
+    # 512 registers a thread at 4 waves, 256 at 8.
+    "amd float32": (Blocks(32, 32, 4, 1), Blocks(32, 16, 4, 1), Blocks(16, 16, 8, 1)),
+}
+
+
 def forward_blocks(D: int, dtype: torch.dtype) -> Blocks:
-    """Chosen by what the compiler reports; times are not measured.
+    return blocks_of(FORWARD, D, dtype)
 
-    float32 has no tensor cores: a product keeps whole rows of both sides in registers, hence small tiles. Else 8 warps
-    hold 128 lanes of 128 columns in half of their registers, which leaves room for 64 scores a lane, in three stages
-    132 KiB of shared memory on sm_90. At 256 columns half the keys: 64 would go to the stack. gfx942 has 64 KiB of
-    shared memory and waves of 64 threads: 4 of them, one stage.
-    """
+
+def blocks_of(table: dict[str, tuple[Blocks, Blocks, Blocks]], D: int, dtype: torch.dtype) -> Blocks:
+    return table[kind(dtype)][0 if D <= 64 else 1 if D <= 128 else 2]
+
+
+def kind(dtype: torch.dtype) -> str:
+    """The chip's, as far as tiles go: sm_120 has the products and the shared memory of sm_80, or nearly."""
+    if triton.knobs.runtime.interpret:
+        return "float32" if dtype == torch.float32 else "sm_90"
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend == "hip":
+        return "amd float32" if dtype == torch.float32 else "amd"
     if dtype == torch.float32:
-        return Blocks(32, 32, 4, 1) if D <= 64 else Blocks(32, 32, 8, 1) if D <= 128 else Blocks(16, 16, 8, 1)
-    if hip():
-        return Blocks(128, 64, 4, 1) if D <= 128 else Blocks(64, 32, 4, 1)
-    return Blocks(128, 32 if ampere() else 64, 8, 3) if D <= 128 else Blocks(128, 32, 8, 2)
-
-
-def hip() -> bool:
-    return not triton.knobs.runtime.interpret and triton.runtime.driver.active.get_current_target().backend == "hip"
-
-
-def ampere() -> bool:
-    """Whether the target has no products from shared memory: NVIDIA before sm_90. Not asked of AMD."""
-    return not triton.knobs.runtime.interpret and triton.runtime.driver.active.get_current_target().arch < 90
+        return "float32"
+    return "sm_90" if target.arch == 90 else "sm_100" if 100 <= target.arch < 120 else "sm_80"
 
 
 @triton.jit
@@ -122,6 +138,13 @@ def lanes_of(item, position_ptr, M, GROUP: tl.constexpr, LANES: tl.constexpr, HA
     if HAS_WINDOW:
         depth = tl.load(position_ptr + row, mask=there, other=0).to(tl.int32)
     return row, head, there, depth
+
+
+@triton.jit
+def segments_of(item):
+    """(begin, end of the full ones and begin of the masked ones, end) of an item of a `Work`. They are kept through
+    the loops: 32 bits, or registers go to the stack."""
+    return tl.load(item + 2).to(tl.int32), tl.load(item + 3).to(tl.int32), tl.load(item + 4).to(tl.int32)
 
 
 @triton.jit
@@ -244,7 +267,7 @@ def prefix_attention_forward_kernel(
     else:
         top = tl.full([LANES], float("-inf"), dtype=tl.float32)
         total = tl.zeros([LANES], dtype=tl.float32)
-    full_begin, full_end, masked_end = tl.load(item + 2), tl.load(item + 3), tl.load(item + 4)
+    full_begin, full_end, masked_end = segments_of(item)
     for segment in range(full_begin, full_end):
         first = tl.load(segments_ptr + 2 * segment).to(tl.int32)
         for step in range(tl.load(segments_ptr + 2 * segment + 1).to(tl.int32)):

@@ -25,9 +25,8 @@ from rlcore.kernels.prefix_attention import (
     LOG2E,
     ROWS,
     Blocks,
-    ampere,
+    blocks_of,
     finite_rows,
-    hip,
     lanes_of,
     load_rows,
     logits,
@@ -36,18 +35,24 @@ from rlcore.kernels.prefix_attention import (
     precision,
     prefix_attention_finite,
     sees,
+    segments_of,
 )
+
+# For dq, as FORWARD, with a second tile of scores and do in shared memory: two stages.
+QUERY = {
+    "sm_90": (Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
+    # 64 keys were 112 and 280 bytes of stack; two stages at 256 columns 216.
+    "sm_100": (Blocks(128, 32, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 1)),
+    # At 256 columns q and do of 64 lanes are in registers beside their sums: 56 bytes of stack.
+    "sm_80": (Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 8, 2)),
+    "amd": (Blocks(64, 32, 4, 1), Blocks(64, 32, 4, 1), Blocks(64, 32, 4, 1)),
+    "float32": (Blocks(32, 32, 8, 1), Blocks(16, 32, 8, 1), Blocks(16, 16, 8, 1)),
+    "amd float32": (Blocks(32, 32, 4, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 4, 1)),
+}
 
 
 def query_blocks(D: int, dtype: torch.dtype) -> Blocks:
-    """For dq: as `forward_blocks`, with a second tile of scores and do in shared memory, hence two stages there."""
-    if dtype == torch.float32:
-        return Blocks(32, 32, 8, 1) if D <= 64 else Blocks(16, 16, 8, 1)
-    if hip():
-        return Blocks(64, 32, 4, 1)
-    if ampere():
-        return Blocks(64, 32, 4, 2)
-    return Blocks(128, 64, 8, 2) if D <= 128 else Blocks(64, 32, 8, 2)
+    return blocks_of(QUERY, D, dtype)
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -157,7 +162,7 @@ def prefix_attention_dq_kernel(
     finite_ptr += head
 
     dq = tl.zeros([LANES, BLOCK_D], dtype=tl.float32)
-    full_begin, full_end, masked_end = tl.load(item + 2), tl.load(item + 3), tl.load(item + 4)
+    full_begin, full_end, masked_end = segments_of(item)
     for segment in range(full_begin, full_end):
         first = tl.load(segments_ptr + 2 * segment).to(tl.int32)
         for step in range(tl.load(segments_ptr + 2 * segment + 1).to(tl.int32)):

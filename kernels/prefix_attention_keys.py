@@ -18,24 +18,33 @@ from torch import Tensor
 from rlcore.kernels.prefix_attention import (
     ROWS,
     Blocks,
-    hip,
+    blocks_of,
     load_rows,
     logits,
     numbers,
     precision,
+    segments_of,
     visible,
 )
 
+# For dk and dv, as FORWARD.
+KEY = {
+    # The two sums for 128 keys of 128 columns are half of the registers of 8 warps; 32 lanes at a time keep both tiles
+    # of scores beside them. 128 keys rather than 64, as q and do are read once per key tile.
+    "sm_90": (Blocks(32, 128, 8, 2), Blocks(32, 128, 8, 2), Blocks(16, 64, 8, 2)),
+    "sm_100": (Blocks(32, 128, 8, 2), Blocks(32, 64, 8, 2), Blocks(16, 64, 8, 1)),
+    # k and v are in registers too: 128 keys of 128 columns were 64 bytes of stack.
+    "sm_80": (Blocks(32, 128, 8, 2), Blocks(32, 64, 8, 2), Blocks(16, 64, 8, 2)),
+    "amd": (Blocks(32, 64, 4, 1), Blocks(32, 64, 4, 1), Blocks(32, 32, 4, 1)),
+    "float32": (Blocks(16, 32, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1)),
+    "amd float32": (Blocks(32, 32, 4, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 4, 1)),
+}
+# Warps of the sum's rows: sixteen of 256 columns did not fit in the registers of 4.
+SUM_WARPS = 8
+
 
 def key_blocks(D: int, dtype: torch.dtype) -> Blocks:
-    """For dk and dv. Their two sums for 128 keys of 128 columns are half of the registers of 8 warps; 32 lanes at a
-    time keep both tiles of scores beside them without a stack on sm_90. 128 keys rather than 64, as q and do are read
-    once per key tile. At 256 columns 16 bytes of stack are left, 704 with 32 lanes and one stage."""
-    if dtype == torch.float32:
-        return Blocks(32, 32, 8, 1) if D <= 64 else Blocks(16, 16, 8, 1)
-    if hip():
-        return Blocks(32, 64, 4, 1) if D <= 128 else Blocks(32, 32, 4, 1)
-    return Blocks(32, 128, 8, 2) if D <= 128 else Blocks(16, 64, 8, 2)
+    return blocks_of(KEY, D, dtype)
 
 
 @triton.jit
@@ -63,9 +72,8 @@ def key_step(
     do = load_rows(do_ptr + (query_head * do_head)[:, None], row, do_row, column, there, D, BLOCK_D, MASKED)
     z, t = logits(tl.dot(k, tl.trans(q), input_precision=PRECISION), factor, cap, HAS_CAP)
     p = tl.exp2(z - lse[None, :])
-    ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
-    if HAS_CAP:
-        ds *= 1.0 - t * t
+    slope = p * (1.0 - t * t) if HAS_CAP else p
+    ds = slope * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
     if MASKED:
         depth = row
         if HAS_WINDOW:
@@ -118,7 +126,6 @@ def prefix_attention_dkdv_kernel(
 ):
     head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     item = items_ptr + 5 * tl.program_id(0).to(tl.int64)
-    slot = tl.load(item + 1)
     key = (tl.load(item) * KEYS + tl.arange(0, KEYS)).to(tl.int32)
     key_there = key < M
     column = tl.arange(0, BLOCK_D)
@@ -131,7 +138,7 @@ def prefix_attention_dkdv_kernel(
 
     dk = tl.zeros([KEYS, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([KEYS, BLOCK_D], dtype=tl.float32)
-    full_begin, full_end, masked_end = tl.load(item + 2), tl.load(item + 3), tl.load(item + 4)
+    full_begin, full_end, masked_end = segments_of(item)
     for segment in range(full_begin, full_end):
         first = tl.load(segments_ptr + 2 * segment).to(tl.int32)
         for step in range(tl.load(segments_ptr + 2 * segment + 1).to(tl.int32)):
@@ -142,13 +149,17 @@ def prefix_attention_dkdv_kernel(
             )  # fmt: skip
     for segment in range(full_end, masked_end):
         first = tl.load(segments_ptr + 2 * segment).to(tl.int32)
-        for step in range(tl.load(segments_ptr + 2 * segment + 1).to(tl.int32)):
+        for step in tl.range(tl.load(segments_ptr + 2 * segment + 1).to(tl.int32), disable_licm=True):
             dk, dv = key_step(
                 dk, dv, k, v, first + step * LANES, key, end, key_depth, column, head, heads * GROUP, q_ptr, do_ptr,
                 lse_ptr, delta_ptr, position_ptr, q_row, q_head, do_row, do_head, M, factor, cap, window, GROUP, D,
                 BLOCK_D, LANES, HAS_WINDOW, HAS_CAP, PRECISION, True,
             )  # fmt: skip
     dk *= scale
+    # Read again, not kept: what the loops carry is all that the registers hold.
+    key = (tl.load(item, volatile=True) * KEYS + tl.arange(0, KEYS)).to(tl.int32)
+    key_there = key < M
+    slot = tl.load(item + 1)
     inside = (column < D)[None, :]
     if slot < 0:
         at = (key.to(tl.int64) * heads + head)[:, None] * D + column[None, :]
@@ -207,6 +218,6 @@ def prefix_attention_dkdv(
     if slots:
         for part, out in zip(parts, (dk, dv)):
             prefix_attention_sum_kernel[(splits.shape[0], heads, blocks.keys // ROWS)](
-                part, splits, out, M, D=D, BLOCK_D=BLOCK_D, KEYS=blocks.keys, ROWS=ROWS, num_warps=4
+                part, splits, out, M, D=D, BLOCK_D=BLOCK_D, KEYS=blocks.keys, ROWS=ROWS, num_warps=SUM_WARPS
             )
     return dk, dv
