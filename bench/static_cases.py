@@ -6,6 +6,7 @@ kernel once; `make test-full` and `make static` compile all of them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -96,9 +97,11 @@ def prefix_attention() -> dict[str, Case]:
         backward.prefix_attention_dq(*rows, *work, *options, backward.query_blocks(D, dtype))
         keys.prefix_attention_dkdv(*rows, *work, splits, 1, *options, keys.key_blocks(D, dtype))
 
+    plain, full = (None, None, None), (empty(8), 9, 2.0)
     return {
-        "bfloat16 head size 128": partial(launch, torch.bfloat16, 128, None, None, None),
-        "bfloat16 head size 256 sink, window, softcap": partial(launch, torch.bfloat16, 256, empty(8), 9, 2.0),
+        f"{str(dtype).removeprefix('torch.')} head size {D}{label}": partial(launch, dtype, D, *options)
+        for dtype, D in itertools.product((torch.bfloat16, torch.float16, torch.float32), (64, 128, 256))
+        for label, options in (("", plain), (" sink, window, softcap", full))
     }
 
 

@@ -44,7 +44,7 @@ class Blocks(NamedTuple):
 
 
 # By kind of chip and head size, up to 64, 128 and 256: chosen by what the compiler reports (bench/static), so that
-# nothing is on the stack; times are not measured.
+# nothing is on the stack on sm_90 and little elsewhere; times are not measured.
 FORWARD = {
     # 8 warps hold 128 lanes of 128 columns in half of their registers, which leaves room for 64 scores a lane; three
     # stages are 132 KiB. At 256 columns half the keys: 64 would go to the stack.

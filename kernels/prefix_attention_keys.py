@@ -32,11 +32,13 @@ KEY = {
     # The two sums for 128 keys of 128 columns are half of the registers of 8 warps; 32 lanes at a time keep both tiles
     # of scores beside them. 128 keys rather than 64, as q and do are read once per key tile.
     "sm_90": (Blocks(32, 128, 8, 2), Blocks(32, 128, 8, 2), Blocks(16, 64, 8, 2)),
+    # The sums come from tensor memory as a whole: 64 keys from 128 columns on, and one stage for 256.
     "sm_100": (Blocks(32, 128, 8, 2), Blocks(32, 64, 8, 2), Blocks(16, 64, 8, 1)),
     # k and v are in registers too: 128 keys of 128 columns were 64 bytes of stack.
     "sm_80": (Blocks(32, 128, 8, 2), Blocks(32, 64, 8, 2), Blocks(16, 64, 8, 2)),
     "amd": (Blocks(32, 64, 4, 1), Blocks(32, 64, 4, 1), Blocks(32, 32, 4, 1)),
-    "float32": (Blocks(16, 32, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1)),
+    # At 64 columns 16 lanes were up to 32 bytes of stack; with 32 there is none.
+    "float32": (Blocks(32, 32, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1)),
     "amd float32": (Blocks(32, 32, 4, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 4, 1)),
 }
 # Warps of the sum's rows: sixteen of 256 columns did not fit in the registers of 4.
