@@ -13,7 +13,7 @@
 // wanted (from the second level cache, if a unit fits), and 4 to 12 bytes a row that are written and read.
 //
 // Launch: blocks of 256 threads, neighbours side by side since a field begins anywhere. A thread takes 1 row of a small
-// batch and up to 32 of a large one, so that a million rows are 490 blocks: three or four for each processor of a
+// batch and up to 32 of a large one, so that 2^20 rows are 512 blocks: three or four for each processor of a
 // large GPU, and few enough for one block to add.
 #include "cuda/policy_loss.h"
 

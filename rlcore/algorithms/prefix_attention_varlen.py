@@ -42,7 +42,8 @@ def package() -> ModuleType | None:
         module = importlib.import_module("flash_attn.flash_attn_interface")
     except ImportError:
         return None
-    return module if hasattr(module, "_flash_attn_varlen_backward") else None
+    # Older ones have functions of the same names with other parameters, and no ops of torch's around them.
+    return module if hasattr(module, "_wrapped_flash_attn_varlen_backward") else None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,10 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from torch import Tensor
 from rlcore.algorithms.prefix_attention_varlen import package
 
 BACKENDS = ("reference", "native", "triton", "cuda")
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 # A plain module global rather than a context variable: torch.compile guards on its value, and every op reads it in
 # its forward pass only (the backward pass runs on another thread on CUDA).
@@ -106,15 +110,34 @@ def _native_state() -> str:
 
 
 def runs_triton(x: Tensor, requested: str | None) -> bool:
-    """Whether an op on x runs in Triton: where that is asked for, and by itself on CUDA if it is live."""
-    return (requested == "triton" or (not requested and x.is_cuda)) and _triton_state() == "live"
+    """Whether an op on x runs in Triton: on CUDA by itself, on the CPU in the interpreter where that is asked for."""
+    takes = x.is_cuda if not requested else requested == "triton" and (x.is_cuda or _interprets())
+    return takes and _triton_state() == "live"
+
+
+def on_device(f: Callable[Concatenate[Tensor, Arguments], Result]) -> Callable[Concatenate[Tensor, Arguments], Result]:
+    """f on the device of its first argument: kernels are launched on the current one, wherever their arguments lie.
+
+    Not for what torch.compile looks into.
+    """
+
+    @functools.wraps(f)
+    def run(x: Tensor, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with torch.cuda.device_of(x):
+            return f(x, *args, **kwargs)
+
+    return run
+
+
+def _interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
 def _triton_state() -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if _interprets():
         return "live"  # in its interpreter, for tensors of any device: what the tests use
     if not torch.cuda.is_available():
         return "no GPU that torch can use"

@@ -21,6 +21,7 @@ PLACES = {name: place for place, name in enumerate(METRICS)}
 
 
 @torch.no_grad()
+@backend.on_device
 def evaluate(
     logp: Tensor,
     entropy: Tensor | None,

@@ -11,6 +11,7 @@ from torch import Tensor
 from rlcore.algorithms.objective import Objective
 from rlcore.algorithms.policy_loss import FIELDS, Evaluated, metric_names, ratio_level
 from rlcore.layout import TokenBatch, flat_offsets
+from rlcore.ops import backend
 
 
 def flat(x: Tensor | None) -> Tensor | None:
@@ -18,6 +19,7 @@ def flat(x: Tensor | None) -> Tensor | None:
 
 
 @torch.no_grad()
+@backend.on_device
 def evaluate(
     logp: Tensor,
     entropy: Tensor | None,

@@ -35,6 +35,7 @@ def runs(q: Tensor) -> bool:
     return backend.runs_triton(q, backend.requested()) and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
+@backend.on_device
 def forward(
     q: Tensor,
     k: Tensor,
@@ -60,6 +61,7 @@ def forward(
     )
 
 
+@backend.on_device
 def backward(
     do: Tensor,
     q: Tensor,

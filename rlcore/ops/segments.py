@@ -67,6 +67,7 @@ def _native_sum(x: Tensor, offsets: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("rlcore::segment_sum", mutates_args=())
+@backend.on_device
 def _segment_sum(x: Tensor, offsets: Tensor, mask: Tensor | None, requested: str) -> Tensor:
     """The raw sum of each segment of x [N]: no gradient, no checks. `requested` is the backend, "" for the fastest."""
     dtype = result_dtype(x)
@@ -243,6 +244,7 @@ def group_advantage(
 
 
 @torch.library.custom_op("rlcore::reverse_scan", mutates_args=())
+@backend.on_device
 def _reverse_scan(
     delta: Tensor, decay: Tensor, last: Tensor, in_cpp: bool = False, requested: str = "reference"
 ) -> Tensor:

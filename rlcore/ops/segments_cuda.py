@@ -47,10 +47,11 @@ def group_advantage(
 
     def launch(x: Tensor, center: str, scale: str, of_residual: bool) -> Tensor:
         out = torch.empty_like(r)
-        backend.cuda().group_advantage(
-            address(x), address(ids), address(w), address(keep), x.shape[0], center, scale, of_residual,
-            float(ddof), float(eps), address(out), backend.cuda_stream(x),
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            backend.cuda().group_advantage(
+                address(x), address(ids), address(w), address(keep), x.shape[0], center, scale, of_residual,
+                float(ddof), float(eps), address(out), backend.cuda_stream(x),
+            )  # fmt: skip
         return out
 
     if spread == "residual" and scale == "batch" and center in ("group", "leave_one_out"):
@@ -79,11 +80,12 @@ class Time(NamedTuple):
     def launch(self, kind: str, coefficients: tuple[Coefficient, ...], outputs: int, bounds: tuple[float, float]):  # type: ignore[no-untyped-def]
         x = self.xs[0]
         out = tuple(torch.empty(self.shape, dtype=self.dtype, device=x.device) for _ in range(outputs))
-        backend.cuda().scan(
-            kind, [*map(address, self.xs)], [*map(self.coefficient, coefficients)], [*map(address, out)], bounds,
-            x.numel(), address(self.offsets), self.offsets.shape[0] - 1, address(self.mask), address(self.bootstrap),
-            NAMES[self.dtype], backend.cuda_stream(x),
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            backend.cuda().scan(
+                kind, [*map(address, self.xs)], [*map(self.coefficient, coefficients)], [*map(address, out)], bounds,
+                x.numel(), address(self.offsets), self.offsets.shape[0] - 1, address(self.mask),
+                address(self.bootstrap), NAMES[self.dtype], backend.cuda_stream(x),
+            )  # fmt: skip
         return out
 
     def scan(self, decay: Coefficient) -> Tensor:

@@ -52,7 +52,8 @@ class Rows(NamedTuple):
         """ "sum", "mean", "std", "min", "max" or "count" of each segment."""
         from rlcore.kernels.segments import segment_reduce  # imports triton: only where it is used
 
-        return segment_reduce(what, *self, ddof=ddof)
+        with torch.cuda.device_of(self.x):
+            return segment_reduce(what, *self, ddof=ddof)
 
     def sizes(self) -> Tensor:
         return self.reduce("count")
@@ -61,12 +62,14 @@ class Rows(NamedTuple):
         """None for float64, whose values leave no room for the row in a key of 64 bits."""
         from rlcore.kernels.segments_rank import segment_rank
 
-        return None if self.x.dtype == torch.float64 else segment_rank(*self)
+        with torch.cuda.device_of(self.x):
+            return None if self.x.dtype == torch.float64 else segment_rank(*self)
 
     def topk(self, k: int) -> tuple[Tensor, Tensor] | None:
         from rlcore.kernels.segments_rank import segment_topk
 
-        return None if self.x.dtype == torch.float64 else segment_topk(self.x, k, *self[1:])
+        with torch.cuda.device_of(self.x):
+            return None if self.x.dtype == torch.float64 else segment_topk(self.x, k, *self[1:])
 
 
 def rows_of(
@@ -96,6 +99,7 @@ def rows_of(
     return Rows(x.reshape(-1).contiguous(), offsets, order, keep)
 
 
+@backend.on_device
 def group_advantage(
     reward: Tensor, group: Tensor | None, center: str, scale: str, ddof: int, eps: float, weight: Tensor | None,
     mask: Tensor | None, spread: str,
@@ -140,7 +144,8 @@ class Time(NamedTuple):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         from rlcore.kernels.segments_scan import reverse_scan  # imports triton: only where it is used
 
-        return reverse_scan(kind, *self, gamma, lam, log_rho_bar, log_c_bar)
+        with torch.cuda.device_of(self.xs[0]):
+            return reverse_scan(kind, *self, gamma, lam, log_rho_bar, log_c_bar)
 
     def scan(self, decay: float | Tensor) -> Tensor:
         return self.run("return", decay)[0]

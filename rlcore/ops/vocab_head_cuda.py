@@ -12,6 +12,7 @@ from rlcore.algorithms import vocab_head_chunks as chunks
 from rlcore.algorithms.vocab_head_chunks import Coefficients, Further, RowPasses, RowStatistics, Scale
 from rlcore.algorithms.vocab_head_products import Rows
 from rlcore.ops import backend
+from rlcore.ops.policy_loss_raw import evaluate_chunk
 
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -44,6 +45,7 @@ def ready(scale: Scale) -> tuple[tuple[Tensor | None, Tensor], tuple[int, Number
     )  # fmt: skip
 
 
+@backend.on_device
 def statistics_(
     a: Tensor, target: Tensor, scale: Scale, entropy: bool, further: Further | None = None
 ) -> RowStatistics:
@@ -82,6 +84,7 @@ def gradient_(
     return z if dtype is None else z.to(dtype), slice(0, z.shape[0])
 
 
+@backend.on_device
 def write_gradient(
     logits: Tensor, target: Tensor, stats: RowStatistics, d: Coefficients, scale: Scale, out: Tensor
 ) -> None:
@@ -98,4 +101,4 @@ def write_gradient(
     )  # fmt: skip
 
 
-CUDA = RowPasses(statistics_, gradient_)
+CUDA = RowPasses(statistics_, gradient_, evaluate_chunk)

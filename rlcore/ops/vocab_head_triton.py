@@ -9,6 +9,7 @@ from rlcore.algorithms import vocab_head_chunks as chunks
 from rlcore.algorithms import vocab_head_scores as scores
 from rlcore.algorithms.vocab_head_chunks import Coefficients, Further, RowPasses, RowStatistics, Scale
 from rlcore.algorithms.vocab_head_products import Rows
+from rlcore.ops import backend
 from rlcore.ops.policy_loss_raw import evaluate_chunk
 
 
@@ -17,6 +18,7 @@ def is_triton(logits: Tensor) -> bool:
     return logits.dtype != torch.float64 and (logits.stride(-1) == 1 or logits.shape[-1] == 1)
 
 
+@backend.on_device
 def statistics(
     a: Tensor, target: Tensor, scale: Scale, entropy: bool, further: Further | None = None
 ) -> RowStatistics:
@@ -55,6 +57,7 @@ def gradient(
     return write_gradient(z, out, target, stats, d, scale), slice(0, z.shape[0])
 
 
+@backend.on_device
 def write_gradient(
     logits: Tensor, out: Tensor, target: Tensor, stats: RowStatistics, d: Coefficients, scale: Scale
 ) -> Tensor:
@@ -77,6 +80,7 @@ TRITON = RowPasses(statistics, gradient, evaluate_chunk)
 # ------------------------------------------------------------------------------------------------ no logits at all
 
 
+@backend.on_device
 def fused_statistics(
     hidden: Tensor,
     weight: Tensor,

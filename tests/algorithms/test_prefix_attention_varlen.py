@@ -99,6 +99,7 @@ def flash_attn(monkeypatch):
     module = ModuleType("flash_attn.flash_attn_interface")
     module._flash_attn_varlen_forward = _flash_attn_varlen_forward
     module._flash_attn_varlen_backward = _flash_attn_varlen_backward
+    module._wrapped_flash_attn_varlen_backward = _flash_attn_varlen_backward
     monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     varlen.package.cache_clear()
@@ -138,9 +139,12 @@ def test_what_is_taken_is_stated(monkeypatch, request):
         without.setattr(varlen.importlib, "import_module", missing)
         varlen.package.cache_clear()
         assert "torch's own" in state()
-    request.getfixturevalue("flash_attn")
+    package = request.getfixturevalue("flash_attn")
     monkeypatch.setattr(backend.importlib.metadata, "version", lambda name: {"flash-attn": "2.8.3"}[name])
     assert state() == "flash-attn 2.8.3"
+    del package._wrapped_flash_attn_varlen_backward  # as before 2.7
+    varlen.package.cache_clear()
+    assert varlen.package() is None
 
 
 def missing(name):
