@@ -274,3 +274,17 @@ def test_only_where_it_is_asked_for(device):
     with rl.backend("cuda"):
         assert raw.implementation(x, None, rl.Objective()) is cuda
         assert raw.implementation(x.double(), None, rl.Objective()) is None
+
+
+def test_the_folded_loss_differentiates_its_objective_there_too(device, monkeypatch):
+    evaluated, evaluate = [], policy_loss_cuda.evaluate
+    monkeypatch.setattr(policy_loss_cuda, "evaluate", lambda *given: evaluated.append(1) or evaluate(*given))
+    hidden, weight = torch.randn(6, 8, device=device, requires_grad=True), torch.randn(5, 8, device=device)
+    batch = rl.TokenBatch(torch.arange(6, device=device) % 5, torch.tensor([0, 2, 6], device=device),
+                          advantage=torch.randn(2, device=device))  # fmt: skip
+    found = []
+    for name in ("reference", "cuda"):
+        with rl.backend(name):
+            found += torch.autograd.grad(rl.linear_policy_loss(hidden, weight, batch, rl.Objective())[0], hidden)
+    assert evaluated
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
