@@ -277,8 +277,8 @@ def test_only_where_it_is_asked_for(device):
 
 
 def test_the_folded_loss_differentiates_its_objective_there_too(device, monkeypatch):
-    evaluated, evaluate = [], policy_loss_cuda.evaluate
-    monkeypatch.setattr(policy_loss_cuda, "evaluate", lambda *given: evaluated.append(1) or evaluate(*given))
+    evaluated, evaluate = [], cuda.evaluate
+    monkeypatch.setattr(cuda, "evaluate", lambda *given: evaluated.append(1) or evaluate(*given))
     hidden, weight = torch.randn(6, 8, device=device, requires_grad=True), torch.randn(5, 8, device=device)
     batch = rl.TokenBatch(torch.arange(6, device=device) % 5, torch.tensor([0, 2, 6], device=device),
                           advantage=torch.randn(2, device=device))  # fmt: skip
