@@ -206,6 +206,7 @@ def test_another_tree_scale_softcap_or_window_compiles_nothing(small, monkeypatc
     from compile_kernels import compiling, variants
 
     monkeypatch.setattr(rl.ops.backend, "_triton_state", lambda: "live")
+    monkeypatch.setattr(rl.ops.backend, "_interprets", lambda: True)  # so that tensors of the CPU go there
     trees = [FORESTS["groups"][0], FORESTS["paths"][0], PrefixTree.from_groups([[1] * 16], [[[2] * 16] * 3])]
     with compiling("sm_90") as found:
         for tree, scale, window, softcap in zip(trees, (0.5, 1.0, 1), (2, 1, 16), (1.0, 2, 50.0)):
