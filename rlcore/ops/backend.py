@@ -27,8 +27,8 @@ BACKENDS = ("reference", "native", "triton", "cuda")
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-# A plain module global rather than a context variable: torch.compile guards on its value, and every op reads it in
-# its forward pass only (the backward pass runs on another thread on CUDA).
+# A plain module global rather than a context variable: torch.compile guards on its value, and a backward pass, which
+# runs on another thread on CUDA, still sees it.
 _requested: str | None = None
 _batch_invariant = False
 
