@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlcore.algorithms.prefix_attention import merge, sink_gradient, with_sink
+from rlcore.algorithms.prefix_attention_tables import kept, moved
 
 
 class Part(NamedTuple):
@@ -123,12 +124,10 @@ def _padded(x: Tensor) -> Tensor:
 
 def plan(node_table: Tensor, device: torch.device) -> tuple[Part, ...]:
     """The runs, then the rectangles of each level that has some, from the host-side node table [K, 4]."""
-    return _plan(node_table.numpy().tobytes(), device)
+    return kept(_plan, node_table, device)
 
 
-@lru_cache(maxsize=32)
-def _plan(table: bytes, device: torch.device) -> tuple[Part, ...]:
-    nodes = np.frombuffer(table, dtype=np.int64).reshape(-1, 4)
+def _plan(nodes: np.ndarray, device: torch.device) -> tuple[Part, ...]:
     nodes_level: list[int] = []
     for parent in nodes[:, 3].tolist():
         nodes_level.append(nodes_level[parent] + 1 if parent >= 0 else 0)
@@ -146,15 +145,11 @@ def _plan(table: bytes, device: torch.device) -> tuple[Part, ...]:
 def _part(
     causal: bool, q_start: np.ndarray, q_stop: np.ndarray, k_start: np.ndarray, k_stop: np.ndarray, device: torch.device
 ) -> Part:
-    def moved(x: np.ndarray) -> Tensor:
-        host = torch.from_numpy(x)
-        return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
-
     def rows(first: np.ndarray, last: np.ndarray) -> Tensor:
-        return moved(np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)]))
+        return moved(np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)]), device)
 
     def offsets(lengths: np.ndarray) -> Tensor:
-        return moved(np.r_[0, np.cumsum(lengths)].astype(np.int32))
+        return moved(np.r_[0, np.cumsum(lengths)].astype(np.int32), device)
 
     q_lengths, k_lengths = q_stop - q_start, k_stop - k_start
     return Part(

@@ -29,13 +29,15 @@ def _forward(
     scale: float,
     window: int | None,
     softcap: float | None,
+    requested: str,
 ) -> tuple[Tensor, Tensor]:
-    if triton.runs(q):
+    """The raw forward pass. `requested` is the backend, "" for the fastest; the backward pass is told the same."""
+    if triton.runs(q, requested):
         return triton.forward(q, k, v, end, position, node_table, scale, window, softcap, sink)
-    if native.runs(q):
+    if native.runs(q, requested):
         return native.forward(q, k, v, node_table, scale, window, softcap, sink)
     if _composes_on_gpu(q, window, softcap):
-        return varlen.forward(q, k, v, node_table, scale, sink)
+        return backend.on_device(varlen.forward)(q, k, v, node_table, scale, sink)
     if _composes(q, window, softcap):
         return algorithm.composed_forward(q, k, v, node_table, scale, sink)
     return algorithm.blocked_forward(q, k, v, end, position, node_table, scale, window, softcap, sink)
@@ -53,6 +55,7 @@ def _(
     scale: float,
     window: int | None,
     softcap: float | None,
+    requested: str,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
 
@@ -72,15 +75,16 @@ def _backward(
     scale: float,
     window: int | None,
     softcap: float | None,
+    requested: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if triton.runs(q):
+    if triton.runs(q, requested):
         dq, dk, dv, dsink = triton.backward(
             do, q, k, v, o, lse, end, position, node_table, scale, window, softcap, sink
         )
-    elif native.runs(q):
+    elif native.runs(q, requested):
         dq, dk, dv, dsink = native.backward(do, q, k, v, o, lse, node_table, scale, window, softcap, sink)
     elif _composes_on_gpu(q, window, softcap):
-        dq, dk, dv, dsink = varlen.backward(do, q, k, v, o, lse, node_table, scale, sink)
+        dq, dk, dv, dsink = backend.on_device(varlen.backward)(do, q, k, v, o, lse, node_table, scale, sink)
     elif _composes(q, window, softcap):
         dq, dk, dv, dsink = algorithm.composed_backward(do, q, k, v, o, lse, node_table, scale, sink)
     else:
@@ -105,6 +109,7 @@ def _(
     scale: float,
     window: int | None,
     softcap: float | None,
+    requested: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dsink = q.new_empty(0) if sink is None else sink.new_empty(sink.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsink
@@ -141,20 +146,21 @@ class _PrefixAttention(torch.autograd.Function):
         scale: float,
         window: int | None,
         softcap: float | None,
+        requested: str,
     ) -> Tensor:
-        o, lse = _forward(q, k, v, end, position, node_table, sink, scale, window, softcap)
+        o, lse = _forward(q, k, v, end, position, node_table, sink, scale, window, softcap, requested)
         ctx.save_for_backward(q, k, v, o, lse, end, position, node_table, sink)
-        ctx.numbers = scale, window, softcap
+        ctx.options = scale, window, softcap, requested
         return o
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> Any:
         q, k, v, o, lse, end, position, node_table, sink = ctx.saved_tensors
-        arguments = do, q, k, v, o, lse, end, position, node_table, sink, *ctx.numbers
+        arguments = do, q, k, v, o, lse, end, position, node_table, sink, *ctx.options
         # Where a graph of the backward pass is asked for, its end has to say that there is no second derivative.
         twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         dq, dk, dv, dsink = _Once.apply(*arguments) if twice else _backward(*arguments)
-        return dq, dk, dv, None if sink is None else dsink, None, None, None, None, None, None
+        return dq, dk, dv, None if sink is None else dsink, None, None, None, None, None, None, None
 
 
 class _Once(torch.autograd.Function):
@@ -207,7 +213,8 @@ def prefix_attention(
         v = F.pad(v, (0, D - width))
     elif width > D:
         q, k = F.pad(q, (0, width - D)), F.pad(k, (0, width - D))
-    o = _PrefixAttention.apply(q, k, v, sink, tree.end, tree.position, tree.node_table, scale, window, softcap)
+    options = scale, window, softcap, backend.requested() or ""
+    o = _PrefixAttention.apply(q, k, v, sink, tree.end, tree.position, tree.node_table, *options)
     return o[..., :width] if width < D else o
 
 

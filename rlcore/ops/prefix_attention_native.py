@@ -20,10 +20,10 @@ _TASKS = 8
 View = tuple[int, int, int]
 
 
-def runs(q: Tensor) -> bool:
+def runs(q: Tensor, requested: str) -> bool:
     """Whether the C++ code takes these queries, keys and values."""
     return (
-        backend.requested() in (None, "native")
+        requested in ("", "native")
         and backend.native() is not None
         and q.device.type == "cpu"
         and q.dtype in (torch.float32, torch.bfloat16, torch.float16)

@@ -5,7 +5,6 @@ float32, bfloat16 and float16; float64 takes the dense blocks of `algorithms.pre
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from rlcore.algorithms import prefix_attention_tiles as tiles
 from rlcore.algorithms.prefix_attention import sink_gradient_of_delta
+from rlcore.algorithms.prefix_attention_tables import kept, moved
 from rlcore.ops import backend
 
 
@@ -26,13 +26,9 @@ class _Tables(NamedTuple):
     slots: int
 
 
-# A CUDA graph reads the tables that it was captured with whenever it runs: they are never freed.
-_captured: dict[int, _Tables] = {}
-
-
-def runs(q: Tensor) -> bool:
+def runs(q: Tensor, requested: str) -> bool:
     """Whether Triton takes these queries, keys and values."""
-    return backend.runs_triton(q, backend.requested()) and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return backend.runs_triton(q, requested) and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 @backend.on_device
@@ -55,7 +51,7 @@ def forward(
     end, position = end.contiguous(), position.contiguous()
     blocks = kernels.forward_blocks(q.shape[2], q.dtype)
     group = q.shape[1] // k.shape[1]
-    work = _held(_query_tables(_key(node_table), q.device, group, blocks.lanes, blocks.keys, window))
+    work = kept(_query_tables, node_table, q.device, group, blocks.lanes, blocks.keys, window)
     return kernels.prefix_attention_forward(
         q, k, v, end, position, work.items, work.segments, sink, scale, window, softcap, blocks
     )
@@ -82,55 +78,34 @@ def backward(
     from rlcore.kernels import prefix_attention_keys as keys
 
     do, q, k, v, o, lse = _unit(do), _unit(q), _unit(k), _unit(v), _unit(o), lse.contiguous()
-    end, position, key = end.contiguous(), position.contiguous(), _key(node_table)
+    end, position = end.contiguous(), position.contiguous()
     D, heads = q.shape[2], k.shape[1]
     group = q.shape[1] // heads
     delta, lse2 = kernels.prefix_attention_delta(do, q, o, lse)
     rows = do, q, k, v, delta, lse2, end, position
     blocks = kernels.query_blocks(D, q.dtype)
-    work = _held(_query_tables(key, q.device, group, blocks.lanes, blocks.keys, window))
+    work = kept(_query_tables, node_table, q.device, group, blocks.lanes, blocks.keys, window)
     dq = kernels.prefix_attention_dq(*rows, work.items, work.segments, scale, window, softcap, blocks)
     blocks = keys.key_blocks(D, q.dtype)
-    work = _held(_key_tables(key, q.device, group, blocks.lanes, blocks.keys, window, heads))
+    work = kept(_key_tables, node_table, q.device, group, blocks.lanes, blocks.keys, window, heads)
     dk, dv = keys.prefix_attention_dkdv(*rows, *work, scale, window, softcap, blocks)
     return dq, dk, dv, None if sink is None else sink_gradient_of_delta(delta, lse, sink)
 
 
-def _key(node_table: Tensor) -> bytes:
-    """Every layer of a step has the same tree, and under recomputation not the same tensor: its content is the key."""
-    return node_table.numpy().tobytes()
-
-
-@lru_cache(maxsize=64)
 def _query_tables(
-    table: bytes, device: torch.device, group: int, lanes: int, keys: int, window: int | None
+    nodes: np.ndarray, device: torch.device, group: int, lanes: int, keys: int, window: int | None
 ) -> _Tables:
-    return _moved(tiles.query_work(_array(table), group, lanes, keys, window), device)
+    return _moved(tiles.query_work(nodes, group, lanes, keys, window), device)
 
 
-@lru_cache(maxsize=64)
 def _key_tables(
-    table: bytes, device: torch.device, group: int, lanes: int, keys: int, window: int | None, heads: int
+    nodes: np.ndarray, device: torch.device, group: int, lanes: int, keys: int, window: int | None, heads: int
 ) -> _Tables:
-    return _moved(tiles.key_work(_array(table), group, lanes, keys, window, heads), device)
-
-
-def _held(tables: _Tables) -> _Tables:
-    if tables.items.is_cuda and torch.cuda.is_current_stream_capturing():
-        _captured[id(tables.items)] = tables
-    return tables
-
-
-def _array(table: bytes) -> np.ndarray:
-    return np.frombuffer(table, dtype=np.int64).reshape(-1, 4)
+    return _moved(tiles.key_work(nodes, group, lanes, keys, window, heads), device)
 
 
 def _moved(work: tiles.Work, device: torch.device) -> _Tables:
-    """On the device, without waiting for it."""
-    items, segments, splits = (
-        torch.from_numpy(x) if device.type == "cpu" else torch.from_numpy(x).pin_memory().to(device, non_blocking=True)
-        for x in (work.items, work.segments, work.splits)
-    )
+    items, segments, splits = (moved(x, device) for x in (work.items, work.segments, work.splits))
     return _Tables(items, segments, splits, work.slots)
 
 

@@ -12,8 +12,8 @@ from accuracy import assert_accurate
 from interpreter import INTERPRETED
 from oracles import prefix_attention as oracle
 from rlcore.algorithms import prefix_attention as algorithm
+from rlcore.algorithms import prefix_attention_tables as tables
 from rlcore.algorithms import prefix_attention_tiles as tiles
-from rlcore.ops import prefix_attention_triton as ours
 from rlcore.prefix_tree import PrefixTree
 
 pytest.importorskip("triton")
@@ -42,9 +42,9 @@ def small(monkeypatch):
         monkeypatch.setattr(module, name, lambda D, dtype: blocks)
     monkeypatch.setattr(tiles, "_ITEMS", 8)
     monkeypatch.setattr(tiles, "_LEAST_STEPS", 3)
-    ours._key_tables.cache_clear()
+    tables._by_stream.cache_clear()
     yield
-    ours._key_tables.cache_clear()
+    tables._by_stream.cache_clear()
 
 
 def problem(tree, dtype=torch.float32, Hq=4, Hkv=2, D=16, sink=True):
@@ -147,7 +147,7 @@ def test_splits_change_nothing_but_rounding(device, small, monkeypatch):
     assert tiles.key_work(tree.node_table.numpy(), 4, 32, 16, None, 1).slots > 0
     split = run(device, tree, *inputs)
     monkeypatch.setattr(tiles, "_LEAST_STEPS", 1000)
-    ours._key_tables.cache_clear()
+    tables._by_stream.cache_clear()
     for x, y in zip(split, run(device, tree, *inputs), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 

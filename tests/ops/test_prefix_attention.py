@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 import rlcore as rl
 from accuracy import assert_accurate
 from oracles import prefix_attention as oracle
+from rlcore.ops import backend
+from rlcore.ops import prefix_attention_native as native
 from rlcore.ops.prefix_attention import prefix_attention
 from rlcore.prefix_tree import PrefixTree
 
@@ -100,6 +102,21 @@ def test_permuting_responses_permutes_outputs(order, lengths):
         torch.testing.assert_close(one[1][s], other[1][s])
 
 
+@pytest.mark.skipif(backend.native() is None, reason="needs the C++ extension")
+@pytest.mark.parametrize("native_first", [True, False])
+def test_the_backward_pass_has_the_backend_of_the_forward_pass(monkeypatch, native_first):
+    """Whichever is asked for by then: `cuda` leaves attention on a CPU to the composition."""
+    ran = []
+    for f in (native.forward, native.backward):
+        monkeypatch.setattr(native, f.__name__, lambda *x, f=f: (ran.append(f.__name__), f(*x))[1])
+    q, k, v = inputs(TREE.M)
+    monkeypatch.setattr(backend, "_requested", "native" if native_first else "cuda")
+    o = prefix_attention(q, k, v, TREE)
+    monkeypatch.setattr(backend, "_requested", "cuda" if native_first else None)
+    torch.autograd.grad(o.sum(), (q, k, v))
+    assert ran == (["forward", "backward"] if native_first else [])
+
+
 def test_no_grad_and_frozen_inputs():
     q, k, v = inputs(TREE.M)
     with torch.no_grad():
@@ -124,7 +141,7 @@ def test_opcheck(dtype, option, sink):
     q, k, v = (x.detach() for x in inputs(TREE.M, dtype))
     s = torch.randn(4, dtype=dtype) if sink else None
     index = TREE.end, TREE.position, TREE.node_table
-    numbers = 0.3, OPTIONS[option].get("window"), OPTIONS[option].get("softcap")
+    numbers = 0.3, OPTIONS[option].get("window"), OPTIONS[option].get("softcap"), ""
     o, lse = torch.ops.rlcore.prefix_attention_forward(q, k, v, *index, s, *numbers)
     torch.library.opcheck(torch.ops.rlcore.prefix_attention_forward, (q, k, v, *index, s, *numbers))
     arguments = torch.randn_like(o), q, k, v, o, lse, *index, s, *numbers

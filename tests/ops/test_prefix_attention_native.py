@@ -149,7 +149,7 @@ def test_prefix_attention_takes_it(monkeypatch):
 def test_float64_is_left_to_the_composition():
     tree, _ = FORESTS["paths"]
     q, k, v, *_ = problem(tree, torch.float64)
-    assert not native.runs(q)
+    assert not native.runs(q, "")
     with rl.backend("native"):
         got = rl.prefix_attention(q, k, v, tree)
     with rl.backend("reference"):
