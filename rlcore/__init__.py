@@ -2,8 +2,9 @@
 
 import rlcore.interrupt  # noqa: F401 -- it comes first: torch takes seconds
 from rlcore.adapters.transformers import AttachError, attach, trunk
-from rlcore.layout import TokenBatch, Totals, merge_metrics, per_token, shift
+from rlcore.layout import TokenBatch, Totals, per_token, shift
 from rlcore.methods import Method, methods
+from rlcore.metrics import merge_metrics
 from rlcore.ops.backend import backend, backends, batch_invariant
 from rlcore.ops.policy_loss import KL, TIS, Objective, policy_loss, value_loss
 from rlcore.ops.prefix_attention import prefix_attention

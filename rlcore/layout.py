@@ -7,7 +7,7 @@ target[i], logp[i] is the log-probability of target[i]. Nothing inside the libra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -190,7 +190,7 @@ class TokenBatch:
         base_sequence = self.sequences.start if self.sequences is not None else 0
         assert self.totals is not None
         return self.derived(
-            **parts,
+            **marked(parts),
             rows=slice(base_row + starts[a], base_row + starts[b]),
             sequences=slice(base_sequence + a, base_sequence + b),
             whole=self.whole and b - a == self.S,
@@ -214,7 +214,7 @@ class TokenBatch:
                 parts[name] = x[index if name in PER_SEQUENCE else rows]
         assert self.totals is not None
         whole = self.whole and len(index) == self.S
-        return self.derived(**parts, rows=None, sequences=None, whole=whole, totals=Totals(*self.totals))
+        return self.derived(**marked(parts), rows=None, sequences=None, whole=whole, totals=Totals(*self.totals))
 
     def _checked_index(self, sequences: Sequence[int] | Tensor) -> Tensor:
         try:
@@ -262,7 +262,7 @@ class TokenBatch:
         """The same batch on another device."""
         moved = {name: x.to(device) for name in TENSORS if (x := getattr(self, name)) is not None}
         assert self.totals is not None
-        return self.derived(**moved, totals=type(self.totals)(*(x.to(device) for x in self.totals)))
+        return self.derived(**marked(moved), totals=type(self.totals)(*(x.to(device) for x in self.totals)))
 
 
 def flat_offsets(batch: TokenBatch) -> Tensor:
@@ -307,6 +307,14 @@ def per_token(x: Tensor, offsets: Tensor | TokenBatch) -> Tensor:
     return y
 
 
+def marked(parts: dict[str, Any]) -> dict[str, Any]:
+    """The fields, those that could be per sequence marked as per token, as `per_token` does: `replace` checks again."""
+    for name in PER_TOKEN_OR_SEQUENCE:
+        if name in parts:
+            parts[name].is_per_token = True
+    return parts
+
+
 def shift(input_ids: Tensor, mask: Tensor | None = None, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Turn token ids into aligned rows: row i predicts token i+1 of its sequence.
 
@@ -337,34 +345,6 @@ def shift(input_ids: Tensor, mask: Tensor | None = None, offsets: Tensor | None 
         target = target.masked_fill(is_last, 0)
         shifted = shifted & ~is_last
     return target, shifted
-
-
-def merge_metrics(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Merge the metrics of a minibatch's micro-batches exactly.
-
-    Every metric is a sum over the minibatch's denominators, so parts add up; names ending in `_min` and `_max` take the
-    minimum and maximum; `ess`, the effective sample size of the off-policy weights as a fraction of the tokens, is
-    (sum w)^2 / (n sum w^2), made anew from its sums.
-    """
-    merged: dict[str, Tensor] = {}
-    for part in parts:
-        for name, value in part.items():
-            if name not in merged:
-                merged[name] = value
-            elif name.endswith("_min"):
-                merged[name] = torch.minimum(merged[name], value)
-            elif name.endswith("_max"):
-                merged[name] = torch.maximum(merged[name], value)
-            else:
-                merged[name] = merged[name] + value
-    if "ess" in merged and "weight_sum" in merged:
-        merged["ess"] = effective_sample_size(merged)
-    return merged
-
-
-def effective_sample_size(metrics: Mapping[str, Tensor]) -> Tensor:
-    squares = metrics["tokens"] * metrics["weight_sq_sum"]
-    return torch.where(squares > 0, metrics["weight_sum"] ** 2 / squares.clamp(min=1e-30), torch.ones_like(squares))
 
 
 def count_totals(batch: TokenBatch) -> OwnTotals:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 from rlcore.prefix_tree_build import count, is_int
 
-# (sizes, most) -> indices of the sizes in each bin; a size above `most` has a bin of its own.
+# (sizes, most) -> indices of the sizes in each bin. A size above `most` has a bin of its own; sizes of 0 go with
+# others, so that no micro-batch is without rows.
 Fit = Callable[[Sequence[int], int], list[list[int]]]
 
 
@@ -19,9 +20,9 @@ def pack_groups(
     prompts [P] and responses [P][G_p] are lengths in tokens; sequences are numbered group by group. A group counts its
     prompt once and all its responses, and stays together: it is split only where it alone exceeds max_tokens, and then
     each part counts the prompt again; a response that exceeds max_tokens with its prompt is a micro-batch of its own.
-    `whole_groups` never splits, for objectives of group scope. Best fit, largest first, equal sizes by index; where
-    filling one micro-batch after the other in order needs fewer, that. Sequences rise inside a micro-batch,
-    micro-batches by their first sequence.
+    Empty responses of a group that is split go with others. `whole_groups` never splits, for objectives of group scope.
+    Best fit, largest first, equal sizes by index; where filling one micro-batch after the other in order needs fewer,
+    that. Sequences rise inside a micro-batch, micro-batches by their first sequence.
     Raises ValueError or TypeError that name the argument.
     """
     check(prompts, responses, max_tokens)
@@ -51,6 +52,9 @@ def best_fit(sizes: Sequence[int], most: int) -> list[list[int]]:
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free, bin), rising
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        if not sizes[i] and bins:
+            bins[0].append(i)
+            continue
         at = bisect_left(room, (sizes[i], 0))
         free, own = room.pop(at) if at < len(room) else (most, len(bins))
         if own == len(bins):
@@ -65,7 +69,7 @@ def next_fit(sizes: Sequence[int], most: int) -> list[list[int]]:
     bins: list[list[int]] = []
     free = 0
     for i, size in enumerate(sizes):
-        if not bins or size > free:
+        if not bins or (0 < size > free < most):
             bins.append([])
             free = most
         bins[-1].append(i)

@@ -15,12 +15,8 @@ from rlcore.prefix_tree_build import Tokens
 
 # What `predict` holds for a path or a node: the first predicted index, or 0/1 per token.
 Predict = Sequence[int | Sequence[int]]
-# Sharing is on from so many tokens, or query-key pairs, of all paths apart per packed one. CPU time of a model step
-# (Qwen3 of 4 x 256) by tokens, paths apart over shared, with attention in C++ and composed of flash calls, which pays
-# for every run of rows:
-#   one shared token, 8 or 32 branches  1.003 to 1.016: 0.96 to 1.03, 0.98 to 1.01  1.054, 1.060: 1.11 to 1.13, 0.98
-#   random tries of 40 to 200 paths     1.001 to 1.028: 1.02 to 1.04, 0.94 to 1.01  1.056 to 1.140: 1.07 to 1.15, 1.02+
-# Attention alone is up to 1.7 times slower where it is composed, up to 1.3 times in C++.
+# Sharing is on from so many tokens, or query-key pairs, of all paths apart per packed one. Below that it saves 5 % of
+# the work per token at best, and attention that is composed of one call per run pays for every branch.
 SHARE_FROM = 1.05
 
 
@@ -77,8 +73,8 @@ class PrefixTree:
         cls,
         prompts: Sequence[Tokens],
         responses: Sequence[Sequence[Tokens]],
-        device: torch.device | str | None = None,
         share: bool | None = None,
+        device: torch.device | str | None = None,
     ) -> PrefixTree:
         """Packs each prompt once, followed by its responses; several groups make a forest.
 
@@ -111,10 +107,10 @@ class PrefixTree:
     def from_paths(
         cls,
         paths: Sequence[Tokens],
-        device: torch.device | str | None = None,
         predict: Predict | None = None,
         group: Sequence[int] | Tensor | None = None,
         share: bool | None = None,
+        device: torch.device | str | None = None,
     ) -> PrefixTree:
         """Packs token paths as a trie: whatever two paths share from their start on is stored once, at any depth.
 
@@ -131,11 +127,8 @@ class PrefixTree:
         if not lengths.all():
             raise ValueError(f"paths[{int(lengths.argmin())}]: expected at least one token, got an empty path")
         packed = build.pack_trie(tokens, lengths, build.predictions(predict, lengths, np.ones_like(lengths)))
-        if group is None:
-            group = _numbered(tokens[np.cumsum(lengths) - lengths].tolist())
-        elif build.count(group, "group") != len(paths):
-            raise ValueError(f"group: expected one id for each of {len(paths)} paths, got {len(group)}")
-        return _shared(_tree(packed, build.token_ids(group, "group", "ids")), share, device)
+        first = tokens[np.cumsum(lengths) - lengths].tolist()
+        return _shared(_tree(packed, _groups(group, first)), share, device)
 
     @classmethod
     def from_nodes(
@@ -144,6 +137,8 @@ class PrefixTree:
         parent: Sequence[int],
         predict: Predict | None = None,
         leaves: Sequence[int] | None = None,
+        group: Sequence[int] | Tensor | None = None,
+        share: bool | None = None,
         device: torch.device | str | None = None,
     ) -> PrefixTree:
         """Packs a tree whose nodes are known, as a tree of rollouts is: node i holds tokens[i] and follows parent[i].
@@ -152,8 +147,8 @@ class PrefixTree:
         their order; None: the nodes without children, by index. Nodes that no path goes through are left out. Nodes
         are never merged, even where their tokens agree. predict: as in from_paths, but per node and with index 0
         allowed where a node follows another token; None: all but the first tokens of the paths. A path has its own
-        prediction of every token, shared or not. Packed order: roots and children by index. `group` numbers the roots
-        by first appearance.
+        prediction of every token, shared or not. Packed order: roots and children by index. group [S] ids; None numbers
+        the roots by first appearance. share: as in from_paths.
         Raises ValueError for bad parents, cycles, paths without tokens, nothing at all, and predictions of a first
         token.
         """
@@ -182,7 +177,7 @@ class PrefixTree:
             follows[k] = above[k] >= 0 and (follows[above[k]] or len(nodes[above[k]]) > 0)
         predicted = build.predictions(predict, np.asarray([len(node) for node in nodes]), ~follows)
         packed = build.pack_nodes(nodes, [k for k in order if k in used], above, predicted, leaves)
-        return _tree(packed, _numbered([path[0] for path in through])).to(device or "cpu")
+        return _shared(_tree(packed, _groups(group, [path[0] for path in through])), share, device)
 
     @property
     def M(self) -> int:
@@ -237,7 +232,8 @@ class PrefixTree:
         """Tokens and the largest possible speed-ups against one padded-free row per path. Not for use inside a step.
 
         Attention is counted in query-key pairs: L(L+1)/2 per path before, depth + 1 per packed row after.
-        A path without predictions would not be in a batch of repeated prompts and counts as nothing.
+        A path without predictions would not be in a batch of repeated prompts and counts as nothing. Bounds are 1 where
+        nothing is predicted at all.
         """
         if self.if_shared is not None:
             return self.if_shared
@@ -245,6 +241,8 @@ class PrefixTree:
         position, last, counts = (x.cpu().numpy() for x in (self.position, self.last_rows, self.offsets.diff()))
         total = (position[last[counts > 0]] + 1).astype(np.float64)
         before, pairs = int(total.sum()), float((total * (total + 1) / 2).sum())
+        if not before:
+            return TreeStats(0, self.M, 1.0, 1.0, True)
         return TreeStats(before, self.M, before / self.M, pairs / float((position + 1.0).sum()), True)
 
 
@@ -258,10 +256,14 @@ def _shared(tree: PrefixTree, share: bool | None, device: torch.device | str | N
     return (tree if share else tree.unshared()).to(device or "cpu")
 
 
-def _numbered(keys: list[int]) -> list[int]:
-    """0 for all keys equal to the first, 1 for those equal to the next new one, and so on."""
-    seen: dict[int, int] = {}
-    return [seen.setdefault(key, len(seen)) for key in keys]
+def _groups(given: Sequence[int] | Tensor | None, trees: list[int]) -> np.ndarray:
+    """The group ids of the paths; None: 0 in the tree of the first path, 1 in the next new tree, and so on."""
+    if given is None:
+        seen: dict[int, int] = {}
+        return np.asarray([seen.setdefault(tree, len(seen)) for tree in trees])
+    if build.count(given, "group") != len(trees):
+        raise ValueError(f"group: expected one id for each of {len(trees)} paths, got {len(given)}")
+    return build.token_ids(given, "group", "ids")
 
 
 def _tree(packed: build.Packed, group: Sequence[int] | np.ndarray) -> PrefixTree:

@@ -78,6 +78,18 @@ def test_replace_checks_and_counts_again():
     assert float(replace(part, advantage=torch.ones(part.N)).totals.tokens) == 5
 
 
+def test_replace_knows_what_is_per_token_in_parts():
+    """Two sequences of lengths 0 and 2: as many tokens as sequences, where a shape alone says nothing."""
+    advantage = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    batch = rl.TokenBatch(ids(5), offsets([3, 0, 2]), advantage=advantage, weight=torch.tensor([1.0, 2.0, 3.0]))
+    parts = batch.take([1, 2]), batch.split(3)[1], batch.take([1, 2]).take([0, 1]), batch.take([1, 2]).to("cpu")
+    for part in parts[:1] + parts[2:]:
+        assert (part.S, part.N) == (2, 2)
+        again = replace(part, mask=torch.ones(2))
+        assert again.advantage.tolist() == [4, 5] and again.weight.tolist() == [3, 3]
+    assert replace(parts[1], mask=torch.ones(parts[1].N)).advantage.equal(parts[1].advantage)
+
+
 def test_totals():
     mask = torch.tensor([1, 1, 0, 0, 0, 1])
     batch = rl.TokenBatch(ids(6), offsets([3, 2, 1, 0]), mask=mask, group=torch.tensor([7, 7, 9, 9]))

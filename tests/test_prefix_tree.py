@@ -166,6 +166,8 @@ def test_stats():
     assert (stats.tokens_before, stats.tokens_after) == (30, 20)
     assert stats.token_bound == 1.5
     assert stats.attention_bound == (2 * 15 * 16 / 2) / (10 * 11 / 2 + 2 * sum(range(11, 16)))
+    for silent in (PrefixTree.from_groups([[1, 2]], [[[], []]]), PrefixTree.from_groups([[1, 2]], [[]])):
+        assert silent.stats() == (0, 2, 1.0, 1.0, True)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +197,7 @@ def test_stats():
         (lambda: PrefixTree.from_paths([[1, 2]], predict=[1, 1]), r"predict: expected one entry for each of 1, got 2"),
         (lambda: PrefixTree.from_paths([[1, 2]], group=[0, 1]), "group: expected one id for each of 1 paths, got 2"),
         (lambda: PrefixTree.from_paths([[1, 2]], group=[0.5]), "group: .*float64"),
+        (lambda: PrefixTree.from_nodes([[1], [2]], [-1, 0], group=[0, 1]), "group: .* each of 1 paths, got 2"),
         (lambda: PrefixTree.from_nodes([], []), "tokens: expected at least one node"),
         (lambda: PrefixTree.from_nodes([[1], [2]], [-1]), "parent: expected one index for each of 2 nodes, got 1"),
         (lambda: PrefixTree.from_nodes([[1], [2]], [-1, 2]), r"parent\[1\].*got 2"),
@@ -297,7 +300,7 @@ def test_nodes_are_a_trie_of_named_tokens(case, data):
     paths = [path_of(leaf, parent) for leaf in leaves]
     spelled = [[token for k in path for token in named[k]] for path in paths]
     predict = [[bit for k in path for bit in bits[k]] for path in paths]
-    tree = PrefixTree.from_nodes(tokens, parent, bits, leaves)
+    tree = PrefixTree.from_nodes(tokens, parent, bits, leaves, share=True)
     trie = PrefixTree.from_paths(spelled, predict=predict, share=True)
     real = {name: tokens[name // 100 - 1][name % 100] for names in named for name in names}
     assert tree.M == trie.M and torch.equal(tree.offsets, trie.offsets)
@@ -326,6 +329,7 @@ def test_worked_example_of_nodes():
     assert tree.position.tolist() == [0, 1, 2, 2, 2, 3]
     assert tree.target.tolist() == [2, 7, 2, 7, 2, 9] and tree.loss_rows.tolist() == [0, 1, 0, 1, 0, 4]
     assert tree.offsets.tolist() == [0, 2, 4, 6] and tree.last_rows.tolist() == [2, 3, 5]
+    assert torch.equal(PrefixTree.from_nodes([[1], [2], [3]], [-1, 0, 0], group=[4, 2]).group, torch.tensor([4, 2]))
     chosen = PrefixTree.from_nodes([[7], [1, 2], [7], [], [8, 9]], [1, -1, 1, 1, 3], leaves=[3, 0])
     assert chosen.input_ids.tolist() == [1, 2, 7] and chosen.last_rows.tolist() == [1, 2]
     assert chosen.target.tolist() == [2, 2, 7]
@@ -343,7 +347,7 @@ def test_roots_are_numbered_by_their_first_path():
 @settings(max_examples=60, deadline=None)
 def test_unshared_paths_are_trees_of_their_own(case, data):
     if isinstance(case, tuple):
-        tree = PrefixTree.from_nodes(case[0], case[1], leaves=case[2])
+        tree = PrefixTree.from_nodes(case[0], case[1], leaves=case[2], share=True)
     else:
         predict = [data.draw(st.integers(1, len(path))) for path in case]
         tree = PrefixTree.from_paths(case, predict=predict, share=True)
@@ -378,6 +382,8 @@ def test_sharing_is_off_where_it_can_not_pay():
     assert PrefixTree.from_groups([[5] * 300], groups[1]).stats().shared
     assert PrefixTree.from_groups([[5] * 300], groups[1], share=False).M == 1800
     assert PrefixTree.from_paths([[1, 2], [3, 4]]).stats().shared  # nothing to turn off
+    nodes = ([[0], *(path[1:] for path in long)], [-1, 0, 0, 0])
+    assert [PrefixTree.from_nodes(*nodes, share=share).M for share in (None, True, False)] == [903, 901, 903]
     # Few tokens are shared, but by far most query-key pairs: a long prompt beside many short paths.
     deep = PrefixTree.from_paths([[9] * 400 + [1], [9] * 400 + [2], *([i] * 8 for i in range(10, 1210))])
     assert deep.stats().token_bound < 1.05 < deep.stats().attention_bound and deep.stats().shared

@@ -217,7 +217,7 @@ def _compare(model: Any, inner: Any, head: Head | None, seed: int, exact: bool) 
     """The reason why tree and single sequences differ in logits (hidden states, without a head), or nothing."""
     embedding = inner.get_input_embeddings().weight
     paths, marker = _paths(seed, embedding.shape[0])
-    tree = PrefixTree.from_paths(paths, embedding.device, share=True)
+    tree = PrefixTree.from_paths(paths, share=True, device=embedding.device)
     weights = torch.randn(tree.N, generator=torch.Generator().manual_seed(seed)).to(embedding.device)
     parameters = _gradient_parameters(model)
     what = "hidden states" if head is None else "logits"

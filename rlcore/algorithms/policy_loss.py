@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms.objective import Numbers, Objective
-from rlcore.layout import TokenBatch, effective_sample_size, group_borders, tokens_per_sequence
+from rlcore.layout import TokenBatch, group_borders, tokens_per_sequence
+from rlcore.metrics import effective_sample_size
 
 # exp(20) = 4.9e8: far outside every clip range, and far from the overflow that would turn 0 * inf into NaN gradients.
 LOG_RATIO_BOUND = 20.0

@@ -38,7 +38,8 @@ from rlcore.algorithms.vocab_head_inputs import (
     statistics_dtype,
 )
 from rlcore.algorithms.vocab_head_products import HeadGradients, Rows
-from rlcore.layout import TokenBatch, merge_metrics
+from rlcore.layout import TokenBatch
+from rlcore.metrics import merge_metrics
 
 
 class LogProbs(NamedTuple):

@@ -36,9 +36,9 @@ class Pack:
         """
         return rl.PrefixTree.from_paths(
             [prompt + answer for prompt, answer in self.pairs],
-            self.device,
             predict=[len(prompt) for prompt, _ in self.pairs],
             group=[g for g, answers in enumerate(self.responses) for _ in answers],
+            device=self.device,
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import rlcore
 
 ORDER = ("layout", "algorithms", "kernels", "ops", "methods", "engine", "adapters", "cli")
-GROUND = dict.fromkeys(("layout_checks", "packing", "prefix_tree", "prefix_tree_build"), "layout")
+GROUND = dict.fromkeys(("layout_checks", "metrics", "packing", "prefix_tree", "prefix_tree_build"), "layout")
 # The loop's policy is a Hugging Face model: the one way in which the engine looks upward.
 ALLOWED = {("engine", "rlcore.adapters.transformers")}
 

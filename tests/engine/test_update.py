@@ -330,8 +330,20 @@ def test_all_answers_cut_off_is_no_error(started):
 
 
 @pytest.mark.parametrize("method", ["ppo", "dr_grpo", "gspo"])
-def test_micro_batches_change_nothing(started, method):
-    """The weights after a step through micro-batches of 1 group and of all groups."""
+def test_micro_batches_change_nothing(started, method, monkeypatch):
+    """Micro-batches of one answer against one of all: the gradients of every optimizer step, and the weights after.
+
+    The weights' tolerance is wider: Adam moves an entry by the whole rate, also where its gradient is mostly rounding.
+    """
+    gradients: list[torch.Tensor] = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def noted(parameters, most):
+        parameters = list(parameters)
+        gradients.append(torch.cat([p.grad.reshape(-1) for p in parameters]))
+        return clip(parameters, most)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", noted)
     weights = []
     for tokens in (1, 10_000):
         learner, rollout, reward = started(method, **{"update.micro_tokens": tokens, "update.warmup": 0})
@@ -339,7 +351,11 @@ def test_micro_batches_change_nothing(started, method):
         weights.append(torch.cat([p.detach().reshape(-1) for p in learner.policy.model.parameters()]))
     start = torch.cat([p.detach().reshape(-1) for p in started(method)[0].policy.model.parameters()])
     moved = (weights[0] - start).norm()
-    assert moved > 0 and (weights[0] - weights[1]).norm() < 0.02 * moved
+    assert moved > 0 and (weights[0] - weights[1]).norm() < 1e-4 * moved
+    steps = len(gradients) // 2
+    assert steps == learner.config.update.minibatches * (2 if method == "ppo" else 1)
+    for one, other in zip(gradients[:steps], gradients[steps:], strict=True):
+        assert one.norm() > 0 and (one - other).norm() < 1e-5 * one.norm()
 
 
 @pytest.mark.parametrize("layout", ["tree", "padded"])

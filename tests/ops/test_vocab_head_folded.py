@@ -18,7 +18,8 @@ from rlcore.algorithms import vocab_head as algorithm
 from rlcore.algorithms import vocab_head_chunks as chunks
 from rlcore.algorithms import vocab_head_products as products
 from rlcore.algorithms.objective import AGGREGATES, KL, RATIOS, SURROGATES, TIS, Objective
-from rlcore.layout import TokenBatch, merge_metrics
+from rlcore.layout import TokenBatch
+from rlcore.metrics import merge_metrics
 from rlcore.ops import backend
 from rlcore.ops.vocab_head import linear_logprob, linear_policy_loss
 
