@@ -1,6 +1,6 @@
-"""One rank of the vocabulary-parallel tests: `python vocab_parallel_worker.py RANK RANKS FOLDER`.
+"""One rank of the vocabulary-parallel tests: `python vocab_parallel_worker.py RANK RANKS FOLDER cases|invariant`.
 
-Runs every case on this rank's shard and saves the results to FOLDER/RANK.pt.
+Runs every case on this rank's shard, or the batch-invariant one, and saves the results to FOLDER/RANK.pt.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ CASES = {
     "bfloat16": {"setting": "bias", "dtype": torch.bfloat16},
     "padded": {"setting": "rows", "shape": (3, 17), "masked": 0.3},
 }
+ROWS = (slice(None), [3], list(range(5, 20)), [46, 20, 14, 8, 2])
 
 
 def case_of(name: str):
@@ -35,8 +36,7 @@ def case_of(name: str):
     return case
 
 
-def run(name: str, part: slice):
-    case = case_of(name)
+def run(case, part: slice):
     bias = None if case.bias is None else case.bias[part]
     own = replace(case, weight=case.weight[part], bias=bias).fresh()
     out = rl.vocab_parallel_logprob(own.hidden, own.weight, own.target, part.start, entropy=True, statistics=True,
@@ -44,15 +44,30 @@ def run(name: str, part: slice):
     return [*out, *torch.autograd.grad(out[:2], own.leaves, coefficients(case))]
 
 
+def invariant(part: slice):
+    """logp and entropy of all rows, then of some of them, where the same row has the same bits."""
+    case, found = case_of("rows"), []
+    for rows in ROWS:
+        some = replace(case, hidden=case.hidden[rows], target=case.target[rows], mask=case.mask[rows],
+                       temperature=case.temperature[rows])  # fmt: skip
+        with rl.backend("triton"), rl.batch_invariant():
+            found += run(some, part)[:2]
+    return found
+
+
 if __name__ == "__main__":
-    rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    rank, ranks, folder, kind = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     borders = SHARDS[ranks]
-    found = {name: run(name, slice(borders[rank], borders[rank + 1])) for name in CASES}
-    stray = torch.tensor([V, 5, -1])
-    found["stray"] = [rl.vocab_parallel_logprob(torch.ones(3, 4), torch.ones(borders[rank + 1] - borders[rank], 4),
-                                                stray, borders[rank]).logp]  # fmt: skip
+    part = slice(borders[rank], borders[rank + 1])
+    if kind == "invariant":
+        found = {"invariant": invariant(part)}
+    else:
+        found = {name: run(case_of(name), part) for name in CASES}
+        stray = torch.tensor([V, 5, -1])
+        found["stray"] = [rl.vocab_parallel_logprob(torch.ones(3, 4), torch.ones(part.stop - part.start, 4),
+                                                    stray, part.start).logp]  # fmt: skip
     torch.save({name: [x.detach() for x in xs] for name, xs in found.items()}, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

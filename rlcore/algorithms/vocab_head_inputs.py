@@ -11,6 +11,7 @@ from rlcore.algorithms.vocab_head_chunks import Scale
 from rlcore.layout_checks import check_zero_one
 
 Number = float | Tensor
+FlatHead = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None, Tensor]
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -56,6 +57,25 @@ def scale_of(hidden: Tensor, temperature: Number, softcap: Number | None, logit_
         None if softcap is None else as_number(softcap, dtype, device),
         as_number(logit_scale, dtype, device),
     )
+
+
+def flat_head(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: Number,
+    softcap: Number | None,
+    logit_scale: Number,
+    chunk_bytes: int | None,
+) -> FlatHead:
+    """A head's inputs, checked, by flat rows: hidden, weight, bias, target, mask, temperature, softcap, logit_scale."""
+    check_head(hidden, weight, target, bias, mask, temperature, softcap, logit_scale)
+    check_chunk_bytes(chunk_bytes)
+    scale = scale_of(hidden, temperature, softcap, logit_scale)
+    keep = None if mask is None else (mask != 0).reshape(-1)
+    return hidden.reshape(-1, hidden.shape[-1]), weight, bias, target.reshape(-1), keep, *scale[:3]
 
 
 def per_row(temperature: Number, z: Tensor) -> Number:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -26,13 +28,18 @@ def merge_shards(shards: RowStatistics, target: Tensor, first: Tensor, last: Ten
     maximum = shards.maximum.amax(0)
     down = (shards.maximum - maximum).clamp_(min=LOG_ZERO)
     part = (down + shards.log_sum).exp()
-    total = part.sum(0)
+    total = in_order(part)
     log_sum = total.log()
     here = (target >= first[:, None]) & (target < last[:, None])
     at_label = torch.where(here, shards.logp + shards.log_sum + (shards.maximum - maximum), 0).sum(0)
     logp = torch.where(here.any(0), at_label - log_sum, torch.nan)
-    mean = (shards.log_sum - shards.entropy + down).mul_(part).sum(0)
+    mean = in_order((shards.log_sum - shards.entropy + down).mul_(part))
     return RowStatistics(maximum, log_sum, logp, log_sum - mean / total)
+
+
+def in_order(x: Tensor) -> Tensor:
+    """x[0] + x[1] + ...: a reduction over the shards may take another order for another number of rows."""
+    return functools.reduce(torch.add, x.unbind(0))
 
 
 def merge_further(further: Further, shards: RowStatistics, stats: RowStatistics, first: Tensor) -> Further:
@@ -40,5 +47,5 @@ def merge_further(further: Further, shards: RowStatistics, stats: RowStatistics,
     best = shards.maximum.argmax(0, keepdim=True)
     empty = shards.maximum <= torch.finfo(shards.maximum.dtype).min
     part = ((shards.maximum - stats.maximum).clamp(min=LOG_ZERO) + shards.log_sum - stats.log_sum).exp()
-    sum_sq = (part.square() * further.sum_sq).masked_fill(empty, 0).sum(0)
+    sum_sq = in_order((part.square() * further.sum_sq).masked_fill(empty, 0))
     return Further((further.top1 + first[:, None]).gather(0, best).squeeze(0), sum_sq)

@@ -27,8 +27,8 @@ BACKENDS = ("reference", "native", "triton", "cuda")
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-# A plain module global rather than a context variable: torch.compile guards on its value, and a backward pass, which
-# runs on another thread on CUDA, still sees it.
+# A plain module global rather than a context variable: torch.compile guards on its value. What differentiates stores
+# it in its forward pass: a backward pass may run outside of the block.
 _requested: str | None = None
 _batch_invariant = False
 
@@ -61,8 +61,9 @@ def requested() -> str | None:
 def batch_invariant() -> Iterator[None]:
     """Inside the block a row's log-prob and entropy are the same bits in any batch, at any place in it (process-wide).
 
-    `linear_logprob` and `linear_policy_loss` then run the fused Triton kernel, whose tiles do not depend on the batch,
-    and raise RuntimeError on a device without Triton. Gradients are as ever, and `logprob` needs no such help.
+    `linear_logprob`, `linear_policy_loss` and `vocab_parallel_logprob` then run the fused Triton kernel, whose tiles do
+    not depend on the batch, and raise RuntimeError on a device without Triton. Gradients are as ever, and `logprob`
+    needs no such help.
     """
     global _batch_invariant
     previous, _batch_invariant = _batch_invariant, True
@@ -160,11 +161,16 @@ def cuda() -> ModuleType:
 
 
 def runs_cuda(x: Tensor) -> bool:
-    """Whether an op on x runs in CUDA C++: only where that is asked for, since nothing was measured.
+    """Whether an op on x runs in CUDA C++: only where that is asked for, since nothing was measured."""
+    return _requested == "cuda" and takes_cuda(x)
 
-    The tests put an emulation in the place of `rlcore._cuda`, which takes tensors of the CPU.
+
+def takes_cuda(x: Tensor) -> bool:
+    """Whether the kernels of `rlcore._cuda` can run on x.
+
+    The tests put an emulation in its place, which takes tensors of the CPU.
     """
-    return _requested == "cuda" and (module := _cuda()) is not None and x.is_cuda == (module.features()["cuda"] > 0)
+    return (module := _cuda()) is not None and x.is_cuda == (module.features()["cuda"] > 0)
 
 
 def cuda_stream(x: Tensor) -> int:

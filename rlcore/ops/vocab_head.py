@@ -23,11 +23,9 @@ from rlcore.algorithms.vocab_head_inputs import (
     Number,
     as_number,
     autocast_dtype,
-    check_chunk_bytes,
-    check_head,
     check_overwritable,
     check_scores,
-    scale_of,
+    flat_head,
     statistics_dtype,
 )
 from rlcore.layout import TokenBatch
@@ -67,18 +65,13 @@ def linear_logprob(
             hidden, weight, target, bias, temperature, softcap, logit_scale, entropy, mask,
             statistics,
         )  # fmt: skip
-    check_head(hidden, weight, target, bias, mask, temperature, softcap, logit_scale)
-    check_chunk_bytes(chunk_bytes)
-    scale = scale_of(hidden, temperature, softcap, logit_scale)
-    keep = None if mask is None else (mask != 0).reshape(-1)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    dtype = autocast_dtype(hidden)
+    head = flat_head(hidden, weight, target, bias, mask, temperature, softcap, logit_scale, chunk_bytes)
+    dtype, requested = autocast_dtype(hidden), backend.requested() or ""
     frozen = not any(wants_gradient(x) for x in (weight, bias))
     if frozen and not entropy and not statistics and not invariant and wants_gradient(hidden):
-        logp = FrozenLogprob.apply(flat, weight, bias, target.reshape(-1), keep, *scale[:3], dtype, chunk_bytes)
+        logp = FrozenLogprob.apply(*head, dtype, chunk_bytes, requested)
         return LogProbs(logp.reshape(target.shape), None)
-    found = LinearLogprob.apply(flat, weight, bias, target.reshape(-1), keep, *scale[:3], entropy, dtype, chunk_bytes,
-                                invariant, statistics)  # fmt: skip
+    found = LinearLogprob.apply(*head, entropy, dtype, chunk_bytes, invariant, statistics, requested)
     return shaped(found, target, entropy)
 
 
@@ -117,7 +110,8 @@ def logprob(
     keep = None if mask is None else (mask != 0).reshape(-1)
     in_place = bool(inplace_backward) and not torch.compiler.is_compiling()
     by_row = by_row if by_row.dim() == 0 else by_row.reshape(-1)
-    found = Logprob.apply(logits, target.reshape(-1), keep, by_row, entropy, in_place, statistics)
+    requested = backend.requested() or ""
+    found = Logprob.apply(logits, target.reshape(-1), keep, by_row, entropy, in_place, statistics, requested)
     return shaped(found, target, entropy)
 
 
@@ -144,28 +138,23 @@ def linear_policy_loss(
     if hidden.shape[:-1] != batch.shape:
         expected = f"{(*batch.shape, 'H')}, that of batch.target and the hidden size"
         raise ValueError(f"hidden: expected shape {expected}; got {tuple(hidden.shape)}")
+    numbers = (temperature, softcap, logit_scale)
     if backend.is_batch_invariant(hidden):
-        numbers = (temperature, softcap, logit_scale)
         out = linear_logprob(hidden, weight, batch.target, bias, *numbers, True, batch.mask, chunk_bytes)
         return policy_loss(out.logp, batch, objective, out.entropy)
     if backend.requested() == "reference":
-        return algorithm.linear_policy_loss(
-            hidden, weight, batch, objective, bias, temperature, softcap, logit_scale
-        )  # fmt: skip
-    check_head(hidden, weight, batch.target, bias, batch.mask, temperature, softcap, logit_scale)
-    check_chunk_bytes(chunk_bytes)
+        return algorithm.linear_policy_loss(hidden, weight, batch, objective, bias, *numbers)
+    flat, _, _, _, _, *scale = flat_head(hidden, weight, batch.target, bias, batch.mask, *numbers, chunk_bytes)
     if objective.scope == "batch" and not batch.prepared:
         with torch.no_grad():
-            head = (hidden, weight, batch.target, bias, temperature, softcap, logit_scale)
-            out = linear_logprob(*head, entropy=True, mask=batch.mask, chunk_bytes=chunk_bytes)
+            out = linear_logprob(hidden, weight, batch.target, bias, *numbers, True, batch.mask, chunk_bytes)
         batch = objective.prepare(out.logp, out.entropy, batch)
     check_fields(batch, objective)
-    scale = scale_of(hidden, temperature, softcap, logit_scale)
     needs = (wants_gradient(hidden), wants_gradient(weight), wants_gradient(bias))
     tensors, places = distinct([*objective.numbers, *batch.tensors()])
     loss, values = LinearPolicyLoss.apply(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, *scale[:3], autocast_dtype(hidden), chunk_bytes,
-        needs, objective.key, batch.prepared, len(objective.numbers), places, *tensors,
+        flat, weight, bias, *scale, autocast_dtype(hidden), chunk_bytes, needs, backend.requested() or "",
+        objective.key, batch.prepared, len(objective.numbers), places, *tensors,
     )  # fmt: skip
     names = metric_names(batch, objective, entropy=True)
     return loss, dict(zip(names, values.unbind(), strict=True))

@@ -4,7 +4,7 @@ recompute  logits are made again in the backward pass (8NHV in all); any number 
 frozen     d logp / d hidden is stored by the forward pass (4NHV); any number of backward runs.
 folded     the loss's gradients are stored by the forward pass (6NHV) in float32 and scaled in place by the incoming
            gradient, so that a large loss scale meets them before they are rounded to fp16; one backward run.
-None can be differentiated twice: the reference backend can.
+None can be differentiated twice: the reference backend can. A backward pass runs on the backend of its forward pass.
 """
 
 from __future__ import annotations
@@ -75,14 +75,14 @@ class LinearLogprob(Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, mask: Tensor | None,
         temperature: Tensor, softcap: Tensor | None, logit_scale: Tensor, entropy: bool, dtype: torch.dtype | None,
-        chunk_bytes: int | None, batch_invariant: bool, statistics: bool,
+        chunk_bytes: int | None, batch_invariant: bool, statistics: bool, requested: str,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        ctx.chunk_bytes = chunk_bytes
+        ctx.chosen = chunk_bytes, requested
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         head = (cast(hidden, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype), target, mask,
                 temperature, softcap, logit_scale)  # fmt: skip
         maximum, log_sum, logp, H, *more = raw.linear_logprob_forward(
-            *head, entropy, chunk_bytes, batch_invariant, statistics
+            *head, entropy, chunk_bytes, batch_invariant, statistics, requested
         )
         ctx.save_for_backward(*head, maximum, log_sum, logp, H)
         ctx.set_materialize_grads(False)
@@ -93,7 +93,7 @@ class LinearLogprob(Function):
         ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        nothing = (None,) * 10
+        nothing = (None,) * 11
         if d_logp is None and d_entropy is None:
             return (None, None, None, *nothing)
         *head, maximum, log_sum, logp, H = ctx.saved_tensors
@@ -101,7 +101,7 @@ class LinearLogprob(Function):
             d_logp = torch.zeros_like(logp)
         needs = list(ctx.needs_input_grad[:3])
         d_hidden, d_weight, d_bias = raw.linear_logprob_backward(
-            *head, [maximum, log_sum, logp, H], d_logp, d_entropy, needs, ctx.chunk_bytes
+            *head, [maximum, log_sum, logp, H], d_logp, d_entropy, needs, *ctx.chosen
         )
         return (*as_given(d_hidden, d_weight, d_bias, needs, ctx.dtypes), *nothing)
 
@@ -113,11 +113,11 @@ class FrozenLogprob(Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, mask: Tensor | None,
         temperature: Tensor, softcap: Tensor | None, logit_scale: Tensor, dtype: torch.dtype | None,
-        chunk_bytes: int | None,
+        chunk_bytes: int | None, requested: str,
     ) -> Tensor:  # fmt: skip
         head = (cast(hidden, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype))
         logp, slope = raw.linear_logprob_frozen(
-            *head, target, mask, temperature, softcap, logit_scale, chunk_bytes
+            *head, target, mask, temperature, softcap, logit_scale, chunk_bytes, requested
         )
         ctx.save_for_backward(slope, mask)
         ctx.dtype = hidden.dtype
@@ -129,7 +129,7 @@ class FrozenLogprob(Function):
         slope, mask = ctx.saved_tensors
         if mask is not None:
             d_logp = torch.where(mask, d_logp, 0)
-        return ((slope * d_logp[:, None]).to(ctx.dtype), *(None,) * 9)
+        return ((slope * d_logp[:, None]).to(ctx.dtype), *(None,) * 10)
 
 
 class LinearPolicyLoss(Function):
@@ -139,14 +139,16 @@ class LinearPolicyLoss(Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor, softcap: Tensor | None,
         logit_scale: Tensor, dtype: torch.dtype | None, chunk_bytes: int | None, needs: tuple[bool, bool, bool],
-        objective: str, prepared: bool, n_numbers: int, places: tuple[int, ...], *tensors: Tensor | None,
+        requested: str, objective: str, prepared: bool, n_numbers: int, places: tuple[int, ...],
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         head = (cast(hidden, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype))
         fields = [tensors[i] for i in places]
         numbers, batch = fields[:n_numbers], fields[n_numbers:]
         loss, metrics, d_hidden, d_weight, d_bias = raw.linear_policy_loss(
-            *head, temperature, softcap, logit_scale, objective, numbers, batch, prepared, list(needs), chunk_bytes
-        )
+            *head, temperature, softcap, logit_scale, objective, numbers, batch, prepared, list(needs), chunk_bytes,
+            requested,
+        )  # fmt: skip
         stored = [d_hidden, d_bias, *d_weight]
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(metrics)
@@ -183,12 +185,14 @@ class Logprob(Function):
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, mask: Tensor | None, temperature: Tensor, entropy: bool,
-        in_place: bool, statistics: bool,
+        in_place: bool, statistics: bool, requested: str,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        maximum, log_sum, logp, H, *more = raw.logprob_forward(logits, target, mask, temperature, entropy, statistics)
+        maximum, log_sum, logp, H, *more = raw.logprob_forward(
+            logits, target, mask, temperature, entropy, statistics, requested
+        )
         ctx.save_for_backward(logits, target, mask, temperature, maximum, log_sum, logp, H)
         ctx.set_materialize_grads(False)
-        ctx.in_place, ctx.spent = in_place, False
+        ctx.in_place, ctx.spent, ctx.requested = in_place, False, requested
         return logp, H, *constants(ctx, log_sum, H, more, entropy, statistics)
 
     @staticmethod
@@ -196,7 +200,7 @@ class Logprob(Function):
         ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        nothing = (None,) * 6
+        nothing = (None,) * 7
         if d_logp is None and d_entropy is None:
             return (None, *nothing)
         if ctx.in_place and ctx.spent:
@@ -207,10 +211,11 @@ class Logprob(Function):
         logits, target, mask, temperature, *stats = ctx.saved_tensors
         if d_logp is None:
             d_logp = torch.zeros_like(stats[2])
+        rest = (target, mask, temperature, stats, d_logp, d_entropy, ctx.requested)
         if not ctx.in_place:
-            return (raw.logprob_backward(logits, target, mask, temperature, stats, d_logp, d_entropy), *nothing)
+            return (raw.logprob_backward(logits, *rest), *nothing)
         ctx.spent = True
         # The alias shares the version counter: whoever else has saved the logits for its backward pass is told.
         gradient = logits.detach()
-        raw.logprob_backward_(gradient, target, mask, temperature, stats, d_logp, d_entropy)
+        raw.logprob_backward_(gradient, *rest)
         return (gradient, *nothing)

@@ -22,7 +22,7 @@ Number = tuple[int, int, float]
 def takes(logits: Tensor) -> bool:
     """Rows that the kernels read where they lie: of unit stride, and not overlapping."""
     apart = logits.shape[0] < 2 or logits.stride(0) >= logits.shape[1]
-    return logits.dtype in TYPES and backend.runs_cuda(logits) and logits.stride(1) == 1 and apart
+    return logits.dtype in TYPES and backend.takes_cuda(logits) and logits.stride(1) == 1 and apart
 
 
 def number(x: Tensor) -> Number:

@@ -23,14 +23,13 @@ from rlcore.algorithms.vocab_head_inputs import (
     Number,
     autocast_dtype,
     cast,
-    check_chunk_bytes,
-    check_head,
-    scale_of,
+    flat_head,
 )
+from rlcore.ops import backend
 from rlcore.ops.vocab_head import shaped
 from rlcore.ops.vocab_head_autograd import as_given, constants, refuse_double_backward
 from rlcore.ops.vocab_head_passes import row_passes
-from rlcore.ops.vocab_head_raw import empty_further, no_autocast
+from rlcore.ops.vocab_head_raw import empty_further, head_statistics, no_autocast
 
 
 def vocab_parallel_logprob(
@@ -54,17 +53,14 @@ def vocab_parallel_logprob(
     rank of `group` (None: the default group); so are the results and d hidden. Shards may differ in size; they follow
     one another in the order of the ranks. A collective call: every rank makes it, forward and backward. Backward is
     6NHV / ranks by recompute. `statistics` gathers 12 bytes more. Raises as `linear_logprob`; a label outside the
-    vocabulary gives NaN. Own.
+    vocabulary gives NaN. Inside `rl.batch_invariant()` a row has the same bits in any batch of these shards. Own.
     """
-    check_head(hidden, weight, target, bias, mask, temperature, softcap, logit_scale)
-    check_chunk_bytes(chunk_bytes)
+    head = flat_head(hidden, weight, target, bias, mask, temperature, softcap, logit_scale, chunk_bytes)
     if first < 0:
         raise ValueError(f"first: expected at least 0; got {first}")
-    scale = scale_of(hidden, temperature, softcap, logit_scale)
-    keep = None if mask is None else (mask != 0).reshape(-1)
+    invariant, requested = backend.is_batch_invariant(hidden), backend.requested() or ""
     found = VocabParallelLogprob.apply(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, target.reshape(-1).long(), keep, *scale[:3], first,
-        autocast_dtype(hidden), chunk_bytes, group, statistics,
+        *head, first, autocast_dtype(hidden), chunk_bytes, group, statistics, invariant, requested
     )  # fmt: skip
     return shaped(found, target, entropy)
 
@@ -76,18 +72,20 @@ class VocabParallelLogprob(Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, mask: Tensor | None,
         temperature: Tensor, softcap: Tensor | None, logit_scale: Tensor, first: int, dtype: torch.dtype | None,
-        chunk_bytes: int | None, group: dist.ProcessGroup | None, statistics: bool,
+        chunk_bytes: int | None, group: dist.ProcessGroup | None, statistics: bool, batch_invariant: bool,
+        requested: str,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.first, ctx.chunk_bytes, ctx.group = first, chunk_bytes, group
+        ctx.first, ctx.chunk_bytes, ctx.group, ctx.requested = first, chunk_bytes, group, requested
         hidden, weight = cast(hidden, dtype), cast(weight, dtype)
         bias = None if bias is None else cast(bias, dtype)
         own_further, further = empty_further(logit_scale, hidden.shape[0], statistics)
-        with no_autocast(hidden):
-            own, _ = chunks.forward_chunks(
-                hidden, weight, target - first, mask, Scale(temperature, softcap, logit_scale, bias), entropy=True,
-                passes=row_passes(hidden), chunk_bytes=chunk_bytes, sharded=True, further=further,
-            )  # fmt: skip
+        target = target.long()
+        own = head_statistics(
+            hidden, weight, target - first, mask, Scale(temperature, softcap, logit_scale, bias), entropy=True,
+            further=further, chunk_bytes=chunk_bytes, batch_invariant=batch_invariant, requested=requested,
+            sharded=True,
+        )  # fmt: skip
         stats, further = merged(own, further, target, first, weight.shape[0], group)
         if mask is not None:
             stats = RowStatistics(*(torch.where(mask, x, 0) for x in stats))
@@ -103,7 +101,7 @@ class VocabParallelLogprob(Function):
         ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        nothing = (None,) * 10
+        nothing = (None,) * 12
         if d_logp is None and d_entropy is None:
             return (None, None, None, *nothing)
         hidden, weight, bias, target, mask, temperature, softcap, logit_scale, *stats = ctx.saved_tensors
@@ -112,8 +110,8 @@ class VocabParallelLogprob(Function):
         with no_autocast(hidden):
             d_hidden, d_weight, d_bias = tiles.backward(
                 hidden, weight, target - ctx.first, mask, Scale(temperature, softcap, logit_scale, bias),
-                RowStatistics(*stats), Coefficients(d_logp, d_entropy), needs, passes=row_passes(hidden),
-                chunk_bytes=ctx.chunk_bytes,
+                RowStatistics(*stats), Coefficients(d_logp, d_entropy), needs,
+                passes=row_passes(hidden, ctx.requested), chunk_bytes=ctx.chunk_bytes,
             )  # fmt: skip
         d_hidden = d_hidden.to(logit_scale.dtype)
         if needs[0]:

@@ -26,17 +26,17 @@ class ScorePasses(NamedTuple):
     gradient: Callable[..., Tensor]
 
 
-def row_passes(x: Tensor) -> RowPasses:
-    """The row passes on x's device of the backend in force."""
-    if backend.requested() == "cuda":
+def row_passes(x: Tensor, requested: str) -> RowPasses:
+    """The row passes on x's device of a backend, "" for the fastest."""
+    if requested == "cuda":
         return CUDA
-    if backend.runs_triton(x, backend.requested()):
+    if backend.runs_triton(x, requested):
         return vocab_head_triton.TRITON
-    return NATIVE if backend.requested() in (None, "native") and backend.native() is not None else OTHER
+    return NATIVE if requested in ("", "native") and backend.native() is not None else OTHER
 
 
-def score_passes(logits: Tensor) -> ScorePasses:
-    passes = row_passes(logits)
+def score_passes(logits: Tensor, requested: str) -> ScorePasses:
+    passes = row_passes(logits, requested)
     if passes is vocab_head_triton.TRITON:
         return ScorePasses(vocab_head_triton.score_statistics, vocab_head_triton.score_gradient)
     return ScorePasses(partial(scores.statistics, passes=passes), partial(scores.gradient, passes=passes))

@@ -3,7 +3,7 @@
 Rows are flat: hidden [N, H], target and mask [N], temperature 0-d or [N]. Numbers are tensors, so that no value is a
 constant of a compiled graph. Gradients come back in the statistics' dtype (float32 or float64; on a GPU d hidden of a
 bfloat16 head in bfloat16, d weight by recompute in the weight's), empty where not needed. `chunk_bytes` bounds the
-logits held at once.
+logits held at once. `requested` is the backend, "" for the fastest: a backward pass is given what forward ran on.
 An autograd formula on an op that returns d weight copies it; differentiation is in `vocab_head_autograd`.
 """
 
@@ -45,6 +45,32 @@ def empty_further(like: Tensor, N: int, statistics: bool) -> tuple[Further, Furt
     return further, further if statistics else None
 
 
+def head_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    scale: Scale,
+    *,
+    entropy: bool,
+    further: Further | None,
+    chunk_bytes: int | None,
+    batch_invariant: bool,
+    requested: str,
+    sharded: bool = False,
+) -> RowStatistics:
+    """2NHV: the statistics of all rows; no logits in memory where they must be batch-invariant."""
+    head = (hidden, weight, target.long(), mask, scale)
+    with no_autocast(hidden):
+        if batch_invariant:
+            return fused_statistics(*head, entropy=entropy, further=further, sharded=sharded)
+        stats, _ = chunks.forward_chunks(
+            *head, entropy=entropy, passes=row_passes(hidden, requested), chunk_bytes=chunk_bytes, sharded=sharded,
+            further=further,
+        )  # fmt: skip
+    return stats
+
+
 @torch.library.custom_op("rlcore::linear_logprob_forward", mutates_args=())
 def linear_logprob_forward(
     hidden: Tensor,
@@ -59,21 +85,14 @@ def linear_logprob_forward(
     chunk_bytes: int | None = None,
     batch_invariant: bool = False,
     statistics: bool = False,
+    requested: str = "",
 ) -> Six:
-    """2NHV: (maximum, log_sum, logp, entropy, top1, sum_sq), each [N], the last two empty unless asked for.
-
-    No logits in memory where they must be batch-invariant.
-    """
+    """2NHV: (maximum, log_sum, logp, entropy, top1, sum_sq), each [N], the last two empty unless asked for."""
     found, further = empty_further(logit_scale, hidden.shape[0], statistics)
-    with no_autocast(hidden):
-        scale = Scale(temperature, softcap, logit_scale, bias)
-        if batch_invariant:
-            head = (hidden, weight, target.long(), mask, scale)
-            return *fused_statistics(*head, entropy=entropy, further=further), *found
-        stats, _ = chunks.forward_chunks(
-            hidden, weight, target.long(), mask, scale, entropy=entropy, passes=row_passes(hidden),
-            chunk_bytes=chunk_bytes, further=further,
-        )  # fmt: skip
+    stats = head_statistics(
+        hidden, weight, target, mask, Scale(temperature, softcap, logit_scale, bias), entropy=entropy, further=further,
+        chunk_bytes=chunk_bytes, batch_invariant=batch_invariant, requested=requested,
+    )  # fmt: skip
     return *stats, *found
 
 
@@ -91,6 +110,7 @@ def _(
     chunk_bytes: int | None = None,
     batch_invariant: bool = False,
     statistics: bool = False,
+    requested: str = "",
 ) -> Six:
     return empty_statistics(logit_scale, hidden.shape[0], statistics)
 
@@ -110,13 +130,14 @@ def linear_logprob_backward(
     d_entropy: Tensor | None,
     needs: Sequence[bool],
     chunk_bytes: int | None = None,
+    requested: str = "",
 ) -> Gradients:
     """6NHV over the rows that have a coefficient: (d_hidden [N, H], the slices of d_weight [V, H], d_bias [V])."""
     with no_autocast(hidden):
         scale = Scale(temperature, softcap, logit_scale, bias)
         d_hidden, d_weight, d_bias = tiles.backward(
             hidden, weight, target.long(), mask, scale, RowStatistics(*statistics),
-            Coefficients(d_logp, d_entropy), needs, passes=row_passes(hidden), chunk_bytes=chunk_bytes,
+            Coefficients(d_logp, d_entropy), needs, passes=row_passes(hidden, requested), chunk_bytes=chunk_bytes,
         )  # fmt: skip
     return d_hidden.to(products.hidden_gradient_dtype(weight, logit_scale.dtype)), d_weight, d_bias
 
@@ -153,6 +174,7 @@ def _(
     d_entropy: Tensor | None,
     needs: Sequence[bool],
     chunk_bytes: int | None = None,
+    requested: str = "",
 ) -> Gradients:
     dtype = tiles.weight_gradient_dtype(weight, logit_scale.dtype)
     return empty_gradients(hidden, weight, logit_scale, needs, dtype)
@@ -169,13 +191,14 @@ def linear_logprob_frozen(
     softcap: Tensor | None,
     logit_scale: Tensor,
     chunk_bytes: int | None = None,
+    requested: str = "",
 ) -> tuple[Tensor, Tensor]:
     """4NHV: (logp [N], d logp / d hidden [N, H])."""
     with no_autocast(hidden):
         scale = Scale(temperature, softcap, logit_scale, bias)
         stats, slope = chunks.forward_chunks(
-            hidden, weight, target.long(), mask, scale, entropy=False, gradient=True, passes=row_passes(hidden),
-            chunk_bytes=chunk_bytes,
+            hidden, weight, target.long(), mask, scale, entropy=False, gradient=True,
+            passes=row_passes(hidden, requested), chunk_bytes=chunk_bytes,
         )  # fmt: skip
     return stats.logp, slope
 
@@ -191,6 +214,7 @@ def _(
     softcap: Tensor | None,
     logit_scale: Tensor,
     chunk_bytes: int | None = None,
+    requested: str = "",
 ) -> tuple[Tensor, Tensor]:
     return logit_scale.new_empty(hidden.shape[0]), empty_hidden_gradient(hidden, weight, logit_scale)
 
@@ -209,6 +233,7 @@ def linear_policy_loss(
     prepared: bool,
     needs: Sequence[bool],
     chunk_bytes: int | None = None,
+    requested: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
     """6NHV, or 2NHV where no gradient is: (loss, metrics [K], d_hidden [N, H], d_weight [V, H] in slices, d_bias [V]).
 
@@ -221,7 +246,7 @@ def linear_policy_loss(
     with no_autocast(hidden):
         out = algorithm.folded(
             hidden, weight, rows, structure, bias, temperature, softcap, logit_scale, wanted,
-            row_passes(hidden), chunk_bytes,
+            row_passes(hidden, requested), chunk_bytes,
         )  # fmt: skip
     names = metric_names(rows, structure, entropy=True)
     metrics = torch.stack([out.metrics[name].to(logit_scale.dtype) for name in names])
@@ -242,6 +267,7 @@ def _(
     prepared: bool,
     needs: Sequence[bool],
     chunk_bytes: int | None = None,
+    requested: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
     rows = TokenBatch.from_tensors(list(batch), prepared=prepared)
     names = metric_names(rows, lookup(objective, numbers), entropy=True)
@@ -257,11 +283,13 @@ def logprob_forward(
     temperature: Tensor,
     entropy: bool,
     statistics: bool = False,
+    requested: str = "",
 ) -> Six:
     """(maximum, log_sum, logp, entropy, top1, sum_sq), each [N], of logits [N, V] or [B, T, V]."""
     scale = Scale(temperature, None, temperature.new_ones(()))
     found, further = empty_further(temperature, target.shape[0], statistics)
-    stats = score_passes(logits).statistics(logits, target.long(), mask, scale, entropy=entropy, further=further)
+    passes = score_passes(logits, requested)
+    stats = passes.statistics(logits, target.long(), mask, scale, entropy=entropy, further=further)
     return *stats, *found
 
 
@@ -273,6 +301,7 @@ def _(
     temperature: Tensor,
     entropy: bool,
     statistics: bool = False,
+    requested: str = "",
 ) -> Six:
     return empty_statistics(temperature, target.shape[0], statistics)
 
@@ -286,11 +315,12 @@ def logprob_backward(
     statistics: Sequence[Tensor],
     d_logp: Tensor,
     d_entropy: Tensor | None,
+    requested: str = "",
 ) -> Tensor:
     """d_logits in the logits' shape and dtype."""
     scale = Scale(temperature, None, temperature.new_ones(()))
     d, stats = Coefficients(d_logp, d_entropy), RowStatistics(*statistics)
-    return score_passes(logits).gradient(logits, target.long(), mask, scale, stats, d)
+    return score_passes(logits, requested).gradient(logits, target.long(), mask, scale, stats, d)
 
 
 @logprob_backward.register_fake
@@ -302,6 +332,7 @@ def _(
     statistics: Sequence[Tensor],
     d_logp: Tensor,
     d_entropy: Tensor | None,
+    requested: str = "",
 ) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
@@ -315,11 +346,12 @@ def logprob_backward_(
     statistics: Sequence[Tensor],
     d_logp: Tensor,
     d_entropy: Tensor | None,
+    requested: str = "",
 ) -> None:
     """`logprob_backward` in the logits' memory; their version counter goes up."""
     scale = Scale(temperature, None, temperature.new_ones(()))
     d, stats = Coefficients(d_logp, d_entropy), RowStatistics(*statistics)
-    score_passes(logits).gradient(logits, target.long(), mask, scale, stats, d, in_place=True)
+    score_passes(logits, requested).gradient(logits, target.long(), mask, scale, stats, d, in_place=True)
 
 
 @logprob_backward_.register_fake
@@ -331,5 +363,6 @@ def _(
     statistics: Sequence[Tensor],
     d_logp: Tensor,
     d_entropy: Tensor | None,
+    requested: str = "",
 ) -> None:
     return None

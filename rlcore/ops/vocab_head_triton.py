@@ -90,11 +90,13 @@ def fused_statistics(
     *,
     entropy: bool,
     further: Further | None = None,
+    sharded: bool = False,
 ) -> RowStatistics:
     """`chunks.forward_chunks` of all rows in one kernel that holds no logits; a row's bits depend on nothing else."""
     from rlcore.kernels import vocab_head_fused as kernels
 
-    chunks.check_target(target, weight.shape[0], chunks.kept_rows(mask, target.shape[0]))
+    if not sharded:
+        chunks.check_target(target, weight.shape[0], chunks.kept_rows(mask, target.shape[0]))
     hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
     found = kernels.statistics(
         hidden, weight, target.contiguous(), contiguous(mask), contiguous(scale.bias), scale.temperature.contiguous(),

@@ -53,6 +53,16 @@ def test_linear_logprob(data, setting, device):
     check_gradients(case, gradients)
 
 
+def test_backward_outside_of_the_block(device, monkeypatch):
+    case, ran = to(make("random", "rows", shape=(7,)), device).fresh(), []
+    write = passes.write_gradient
+    monkeypatch.setattr(passes, "write_gradient", lambda *x: (ran.append(1), write(*x)))
+    with rl.backend("cuda"):
+        out = rl.linear_logprob(case.hidden, case.weight, case.target, **case.kwargs())
+    torch.autograd.grad(out.logp.sum(), case.leaves)
+    assert ran
+
+
 def test_statistics(device):
     case = to(make("peaked", "rows", shape=(7,), masked=0.2), device)
     with rl.backend("cuda"):

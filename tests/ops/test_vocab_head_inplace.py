@@ -23,7 +23,7 @@ def passes(request, monkeypatch):
     if request.param == "native" and not NATIVE:
         pytest.skip("rlcore._native was not built")
     if request.param == "torch":
-        monkeypatch.setattr(vocab_head_passes, "row_passes", lambda x: TORCH)
+        monkeypatch.setattr(vocab_head_passes, "row_passes", lambda x, requested: TORCH)
     set_chunk(monkeypatch, V, 10, 3)
 
 

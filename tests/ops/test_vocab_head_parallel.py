@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from vocab_head_cases import check_forward, check_further, check_gradients
-from vocab_parallel_worker import CASES, case_of
+from vocab_parallel_worker import CASES, ROWS, case_of
 
 from rlcore.algorithms import vocab_head_chunks as chunks
 from rlcore.algorithms import vocab_head_shards as merging
@@ -18,18 +19,22 @@ from rlcore.algorithms.vocab_head_chunks import RowStatistics
 WORKER = Path(__file__).resolve().parents[1] / "vocab_parallel_worker.py"
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
-def ranks(request, tmp_path_factory):
+def run_ranks(count, folder, kind, **environment):
     """What every rank found: one dict of results per rank."""
-    folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, str(WORKER)]
     running = [
-        subprocess.Popen([*command, str(rank), str(request.param), str(folder)], stderr=subprocess.PIPE, text=True)
-        for rank in range(request.param)
-    ]
+        subprocess.Popen([*command, str(rank), str(count), str(folder), kind], stderr=subprocess.PIPE, text=True,
+                         env=os.environ | environment)
+        for rank in range(count)
+    ]  # fmt: skip
     errors = [process.communicate(timeout=250)[1] for process in running]
     assert all(process.returncode == 0 for process in running), "\n".join(errors)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+def ranks(request, tmp_path_factory):
+    return run_ranks(request.param, tmp_path_factory.mktemp("ranks"), "cases")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -49,6 +54,16 @@ def test_shards_are_one_head(ranks, name):
 def test_a_label_outside_the_whole_vocabulary_has_no_logprob(ranks):
     for rank in ranks:
         assert rank["stray"][0].isnan().tolist() == [True, False, True]
+
+
+def test_a_row_is_the_same_bits_in_any_batch(tmp_path):
+    """Inside batch_invariant(), by the fused kernel in Triton's interpreter."""
+    pytest.importorskip("triton")
+    for rank in run_ranks(2, tmp_path, "invariant", TRITON_INTERPRET="1"):
+        logp, entropy, *parts = rank["invariant"]
+        check_forward(case_of("rows"), logp, entropy)
+        for i, rows in enumerate(ROWS[1:]):
+            assert torch.equal(parts[2 * i], logp[rows]) and torch.equal(parts[2 * i + 1], entropy[rows])
 
 
 @pytest.mark.parametrize("cuts", [(123,), (1, 123), (40, 80, 123), (122, 123)])
