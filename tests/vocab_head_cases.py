@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from accuracy import assert_accurate, to_float64
 from oracles import vocab_head as oracle
-from rlcore.algorithms import vocab_head_chunks as chunks
+from rlcore.algorithms import vocab_head_rows as selection
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DATA = ("random", "peaked", "negative", "flat", "forbidden")
@@ -174,5 +174,5 @@ def check_gradients(case: Case, found: list[Tensor], with_logp: bool = True, wit
 
 def set_chunk(monkeypatch, V: int, rows: int, block: int | None = None, itemsize: int = 4) -> None:
     """Force chunks of a few rows, and blocks of fewer."""
-    monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", rows * V * itemsize)
-    monkeypatch.setitem(chunks.BLOCK_BYTES, "cpu", (block or max(1, rows // 2)) * V * itemsize)
+    monkeypatch.setitem(selection.CHUNK_BYTES, "cpu", rows * V * itemsize)
+    monkeypatch.setitem(selection.BLOCK_BYTES, "cpu", (block or max(1, rows // 2)) * V * itemsize)

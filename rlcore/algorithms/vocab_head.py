@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms import vocab_head_chunks as chunks
+from rlcore.algorithms import vocab_head_passes as reference
 from rlcore.algorithms import vocab_head_products as products
+from rlcore.algorithms import vocab_head_rows as selection
 from rlcore.algorithms.objective import Objective
 from rlcore.algorithms.policy_loss import PreparedBatch, check_two_chunks, chunk_loss, policy_loss, prepare_chunks
-from rlcore.algorithms.vocab_head_chunks import LOG_ZERO, TORCH, Coefficients, RowPasses, Scale
 from rlcore.algorithms.vocab_head_inputs import (
     Number,
     as_in_linear,
@@ -37,6 +38,7 @@ from rlcore.algorithms.vocab_head_inputs import (
     scale_of,
     statistics_dtype,
 )
+from rlcore.algorithms.vocab_head_passes import LOG_ZERO, TORCH, Coefficients, RowPasses, Scale
 from rlcore.algorithms.vocab_head_products import HeadGradients, Rows
 from rlcore.layout import TokenBatch
 from rlcore.metrics import merge_metrics
@@ -99,9 +101,9 @@ def logprob(
     z = logits if logits.dtype == torch.float64 else logits.float()
     kept = torch.ones_like(target, dtype=torch.bool) if mask is None else mask != 0
     if target.device.type == "cpu" and not torch.compiler.is_compiling():
-        chunks.check_target(target.reshape(-1), V, kept.reshape(-1))
+        selection.check_target(target.reshape(-1), V, kept.reshape(-1))
     z = torch.where(kept[..., None], z / per_row(temperature, z), 0)
-    label, valid = chunks.valid_labels(torch.where(kept, target, 0).long(), V)
+    label, valid = reference.valid_labels(torch.where(kept, target, 0).long(), V)
     log_p = z.log_softmax(-1)
     logp = log_p.gather(-1, label[..., None]).squeeze(-1)
     logp = torch.where(kept, torch.where(valid, logp, torch.nan), 0)
@@ -219,11 +221,11 @@ def folded(
     hidden [N, H] flat; `batch` [N] or [B, T] of as many rows; `needs` says which of d hidden, d weight and d bias are
     wanted (none: 2NHV). Chunks are cut anywhere for objectives of token scope, at sequence or group borders else; a
     sequence (group) longer than a chunk is walked twice (8NHV for it), so the memory bound holds: `chunk_bytes` of
-    logits, by default `chunks.CHUNK_BYTES`. Own.
+    logits, by default `selection.CHUNK_BYTES`. Own.
     """
     scale = scale_of(hidden, temperature, softcap, logit_scale)._replace(bias=bias)
     dtype, N, V = scale.logit_scale.dtype, hidden.shape[0], weight.shape[0]
-    bound = chunks.chunk_rows(V, dtype, hidden.device, chunk_bytes)
+    bound = selection.chunk_rows(V, dtype, hidden.device, chunk_bytes)
     if objective.scope == "batch" and not batch.prepared:
         whole = batch.flat()
         head = (hidden, weight, whole.target.long(), whole.mask, scale)
@@ -231,15 +233,15 @@ def folded(
         batch = objective.prepare(stats.logp.reshape(batch.shape), stats.entropy.reshape(batch.shape), batch)
     prepared = prepare_chunks(batch, objective, dtype)
     mask = prepared.batch.mask
-    rows = chunks.kept_rows(mask, N)
+    rows = selection.kept_rows(mask, N)
     target, scale = chunks.neutral(mask, prepared.batch.target.long(), scale)
-    chunks.check_target(target, V, rows)
+    selection.check_target(target, V, rows)
     gradients = HeadGradients(hidden, weight, needs, dtype)
     walk = Walk(hidden, weight, target, mask, scale, prepared, objective, gradients,
-                chunks.logits_buffer(weight, min(bound, chunks.count(rows)), dtype), passes)  # fmt: skip
+                chunks.logits_buffer(weight, min(bound, selection.count(rows)), dtype), passes)  # fmt: skip
     losses, metrics = [], []
     for piece in pieces(rows, N, bound, prepared.borders(objective.scope)):
-        step = fold_piece if chunks.count(piece.rows) <= bound else fold_long_piece
+        step = fold_piece if selection.count(piece.rows) <= bound else fold_long_piece
         loss, found = step(walk, piece)
         losses.append(loss)
         metrics.append(found)
@@ -268,8 +270,8 @@ class Walk(NamedTuple):
 def fold_piece(walk: Walk, piece: Piece) -> tuple[Tensor, dict[str, Tensor]]:
     """One chunk: GEMM -> statistics -> objective -> d logits in place -> two GEMMs."""
     rows = piece.rows
-    h = chunks.take_hidden(walk.hidden, rows, walk.mask, products.product_dtype(walk.weight, walk.buffer.dtype))
-    z = products.project(h, walk.weight, walk.buffer[: chunks.count(rows)])
+    h = selection.take_hidden(walk.hidden, rows, walk.mask, products.product_dtype(walk.weight, walk.buffer.dtype))
+    z = products.project(h, walk.weight, walk.buffer[: selection.count(rows)])
     target, scale = walk.target[rows], walk.scale.of(rows)
     stats = walk.passes.statistics(z, target, scale, True)
     logp, entropy = spread(stats.logp, piece), spread(stats.entropy, piece)
@@ -277,7 +279,7 @@ def fold_piece(walk: Walk, piece: Piece) -> tuple[Tensor, dict[str, Tensor]]:
     if any(walk.gradients.needs):
         d = d.of(within(piece))
         d_logits, keep = walk.passes.gradient(z, target, stats, d, scale, raw=False, drop=True, dtype=h.dtype)
-        left = chunks.keep_within(rows, keep)
+        left = selection.keep_within(rows, keep)
         walk.gradients.add(left, h[keep], walk.weight, d_logits)
     return loss, metrics
 
@@ -333,7 +335,7 @@ def autograd_enabled() -> Iterator[None]:
 def pieces(rows: Rows, N: int, bound: int, borders: list[int] | None) -> Iterator[Piece]:
     """Cut [0, N) into pieces that hold at most `bound` rows for the GEMM, at `borders` (None: anywhere)."""
     if borders is None:
-        parts = chunks.even_chunks(rows, bound)
+        parts = selection.even_chunks(rows, bound)
         ends = [part.stop if isinstance(part, slice) else int(part[-1]) + 1 for part in parts]
         ends = [*ends[:-1], N]
     else:

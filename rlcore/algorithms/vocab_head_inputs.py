@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlcore.algorithms.vocab_head_chunks import Scale
+from rlcore.algorithms.vocab_head_passes import Scale
 from rlcore.layout_checks import check_zero_one
 
 Number = float | Tensor

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms import vocab_head_chunks as chunks
-from rlcore.algorithms.vocab_head_chunks import TORCH, Coefficients, Further, RowPasses, RowStatistics, Scale
+from rlcore.algorithms import vocab_head_passes as reference
+from rlcore.algorithms import vocab_head_rows as selection
+from rlcore.algorithms.vocab_head_passes import TORCH, Coefficients, Further, RowPasses, RowStatistics, Scale
 from rlcore.algorithms.vocab_head_products import Rows
 
 
@@ -20,7 +22,7 @@ def is_even(logits: Tensor) -> bool:
 def block_rows(logits: Tensor, dtype: torch.dtype) -> int:
     """Rows of a block: on a CPU a block for the cache of each core, for one thread works on whole rows."""
     cores = torch.get_num_threads() if logits.device.type == "cpu" else 1
-    size = chunks.BLOCK_BYTES.get(logits.device.type, chunks.BLOCK_BYTES["default"])
+    size = selection.BLOCK_BYTES.get(logits.device.type, selection.BLOCK_BYTES["default"])
     step = cores * max(1, size // (logits.shape[-1] * dtype.itemsize))
     return max(1, min(step, logits.shape[:-1].numel()))
 
@@ -37,8 +39,8 @@ def score_blocks(
     first = 0
     for sheet, made in zip(sheets, outs, strict=True):
         n = sheet.shape[0]
-        rows = chunks.kept_rows(None if keep is None else keep[first : first + n], n)
-        left = chunks.count(rows)
+        rows = selection.kept_rows(None if keep is None else keep[first : first + n], n)
+        left = selection.count(rows)
         for start in range(0, left, step):
             block = slice(start, min(start + step, left))
             here: Rows = block if isinstance(rows, slice) else rows[block]
@@ -49,7 +51,7 @@ def score_blocks(
 
 def clear_masked_(z: Tensor, keep: Tensor | None, rows: Rows) -> Tensor:
     """Where masked rows stay (GPU) they become zero, whatever they hold."""
-    return z if keep is None or chunks.compacts(keep.device) else z.masked_fill_(~keep[rows, None], 0)
+    return z if keep is None or selection.compacts(keep.device) else z.masked_fill_(~keep[rows, None], 0)
 
 
 def statistics(
@@ -68,24 +70,23 @@ def statistics(
     """
     dtype, N = scale.logit_scale.dtype, target.shape[0]
     target, scale = chunks.neutral(keep, target, scale)
-    chunks.check_target(target, logits.shape[-1], chunks.kept_rows(keep, N))
-    stats = chunks.empty_statistics(N, dtype, logits.device)
+    selection.check_target(target, logits.shape[-1], selection.kept_rows(keep, N))
+    stats = reference.empty_statistics(N, dtype, logits.device)
     # The pass bends its block in place; it leaves one alone whose scale is 1.
-    stays = (
-        logits.dtype == dtype and chunks.is_one(scale.temperature) and (keep is None or chunks.compacts(keep.device))
-    )
+    rows_leave = keep is None or selection.compacts(keep.device)
+    stays = logits.dtype == dtype and reference.is_one(scale.temperature) and rows_leave
     step = block_rows(logits, dtype)
     buffer = logits.new_empty((0 if stays else step, logits.shape[-1]), dtype=dtype)
     for sheet, _, here, rows in score_blocks(logits, logits, keep, step):
-        z = sheet[here] if stays else buffer[: chunks.count(here)].copy_(sheet[here])
+        z = sheet[here] if stays else buffer[: selection.count(here)].copy_(sheet[here])
         clear_masked_(z, keep, rows)
-        found = chunks.row_statistics(passes, z, target, rows, scale, entropy, further)
+        found = reference.row_statistics(passes, z, target, rows, scale, entropy, further)
         for x, y in zip(stats, found, strict=True):
             x[rows] = y
-    if keep is not None and not chunks.compacts(keep.device):
+    if keep is not None and not selection.compacts(keep.device):
         stats = RowStatistics(*(torch.where(keep, x, 0) for x in stats))
         if further is not None:
-            chunks.clear(further, keep)
+            reference.clear(further, keep)
     return stats
 
 
@@ -109,7 +110,7 @@ def gradient(
         d = Coefficients(*(None if x is None else torch.where(keep, x, 0) for x in d))  # type: ignore[arg-type]
     target, scale = chunks.neutral(keep, target, scale)
     out = logits if in_place else torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
-    moved = d.nonzero() if chunks.compacts(logits.device) else keep
+    moved = d.nonzero() if selection.compacts(logits.device) else keep
     step = block_rows(logits, dtype)
     buffer = None
     for sheet, made, here, rows in score_blocks(logits, out, moved, step):
@@ -119,13 +120,13 @@ def gradient(
             z = made[here]
         else:
             buffer = logits.new_empty((step, logits.shape[-1]), dtype=dtype) if buffer is None else buffer
-            z = buffer[: chunks.count(here)]
+            z = buffer[: selection.count(here)]
         if not (stays and in_place):
             z.copy_(sheet[here])
         clear_masked_(z, moved, rows)
         passes.gradient(z, target[rows], stats.of(rows), d.of(rows), scale.of(rows), raw=True)
         if not stays:
             made[here] = z if isinstance(here, slice) else z.to(made.dtype)
-    if in_place and moved is not None and chunks.compacts(moved.device):
+    if in_place and moved is not None and selection.compacts(moved.device):
         out[~moved.reshape(out.shape[:-1])] = 0
     return out

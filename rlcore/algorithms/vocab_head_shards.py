@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from rlcore.algorithms.vocab_head_chunks import LOG_ZERO, Further, RowStatistics
+from rlcore.algorithms.vocab_head_passes import LOG_ZERO, Further, RowStatistics
 
 
 def merge_shards(shards: RowStatistics, target: Tensor, first: Tensor, last: Tensor) -> RowStatistics:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from rlcore.algorithms import vocab_head_chunks as chunks
 from rlcore.algorithms import vocab_head_products as products
-from rlcore.algorithms.vocab_head_chunks import TORCH, Coefficients, RowPasses, RowStatistics, Scale
+from rlcore.algorithms import vocab_head_rows as selection
+from rlcore.algorithms.vocab_head_passes import TORCH, Coefficients, RowPasses, RowStatistics, Scale
 
 Gradients = tuple[Tensor, list[Tensor], Tensor]
 # A tile's columns are the rows of a GPU's product for d weight.
@@ -27,12 +28,12 @@ COLUMN_BLOCK = 128
 
 def by_tiles(hidden: Tensor, weight: Tensor) -> bool:
     """Not on a CPU, where rows without a coefficient leave the products and d weight is summed by slices anyway."""
-    return not chunks.compacts(weight.device) and hidden.shape[0] < weight.shape[0]
+    return not selection.compacts(weight.device) and hidden.shape[0] < weight.shape[0]
 
 
 def weight_gradient_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
     """Of the d weight that `backward` returns: the weight's own, on a CPU the statistics', in slices."""
-    return dtype if chunks.compacts(weight.device) else weight.dtype
+    return dtype if selection.compacts(weight.device) else weight.dtype
 
 
 def backward(
@@ -76,7 +77,7 @@ def backward_tiles(
     if mask is not None:
         d = Coefficients(*(None if x is None else torch.where(mask, x, 0) for x in d))  # type: ignore[arg-type]
     target, scale = chunks.neutral(mask, target, scale)
-    h = chunks.take_hidden(hidden, slice(0, N), mask, products.product_dtype(weight, dtype))
+    h = selection.take_hidden(hidden, slice(0, N), mask, products.product_dtype(weight, dtype))
     d_hidden = hidden.new_zeros((N if needs[0] else 0, H), dtype=dtype)
     d_weight = weight.new_empty((V if needs[1] else 0, H))
     d_bias = weight.new_empty(V if needs[2] else 0, dtype=dtype)
@@ -101,6 +102,6 @@ def backward_tiles(
 
 def tile_columns(N: int, V: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None) -> int:
     """How many columns of logits a tile of all rows may hold."""
-    bound = chunks.of_device(chunks.CHUNK_BYTES, device) if chunk_bytes is None else chunk_bytes
+    bound = selection.of_device(selection.CHUNK_BYTES, device) if chunk_bytes is None else chunk_bytes
     columns = max(1, bound // (max(N, 1) * dtype.itemsize))
     return min(V, columns - columns % COLUMN_BLOCK if columns > COLUMN_BLOCK else columns)

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rlcore as rl
 from rlcore.adapters.transformers import decoder, unwrap
-from rlcore.algorithms.vocab_head_chunks import CHUNK_BYTES
+from rlcore.algorithms.vocab_head_rows import CHUNK_BYTES
 from rlcore.engine import lora
 from rlcore.engine.config import Config
 from rlcore.engine.config_file import flatten, to_toml

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlcore.algorithms import vocab_head_chunks as chunks
-from rlcore.algorithms.vocab_head_chunks import Coefficients, Further, RowPasses, RowStatistics, Scale
+from rlcore.algorithms import vocab_head_passes as reference
+from rlcore.algorithms import vocab_head_rows as selection
+from rlcore.algorithms.vocab_head_passes import Coefficients, Further, RowPasses, RowStatistics, Scale
 from rlcore.algorithms.vocab_head_products import Rows
 from rlcore.ops import backend
 from rlcore.ops.policy_loss_raw import evaluate_chunk
@@ -20,9 +21,7 @@ Number = tuple[int, int, float]
 
 
 def takes(logits: Tensor) -> bool:
-    """Rows that the kernels read where they lie: of unit stride, and not overlapping."""
-    apart = logits.shape[0] < 2 or logits.stride(0) >= logits.shape[1]
-    return logits.dtype in TYPES and backend.takes_cuda(logits) and logits.stride(1) == 1 and apart
+    return logits.dtype in TYPES and backend.takes_cuda(logits) and selection.lie_apart(logits)
 
 
 def number(x: Tensor) -> Number:
@@ -31,8 +30,7 @@ def number(x: Tensor) -> Number:
 
 
 def chunk_of(logits: Tensor) -> tuple[int, str, int, int, int]:
-    stride = logits.stride(0) if logits.shape[0] > 1 else logits.shape[1]
-    return logits.data_ptr(), TYPES[logits.dtype], stride, logits.shape[0], logits.shape[1]
+    return logits.data_ptr(), TYPES[logits.dtype], selection.row_stride(logits), logits.shape[0], logits.shape[1]
 
 
 def ready(scale: Scale) -> tuple[tuple[Tensor | None, Tensor], tuple[int, Number, Number, Number | None]]:
@@ -49,9 +47,9 @@ def ready(scale: Scale) -> tuple[tuple[Tensor | None, Tensor], tuple[int, Number
 def statistics_(
     a: Tensor, target: Tensor, scale: Scale, entropy: bool, further: Further | None = None
 ) -> RowStatistics:
-    """`chunks.statistics_` in CUDA C++; `further` by torch, from a copy of the chunk."""
+    """`reference.statistics_` in CUDA C++; `further` by torch, from a copy of the chunk."""
     if not takes(a):
-        return chunks.statistics_(a, target, scale, entropy, further)
+        return reference.statistics_(a, target, scale, entropy, further)
     maximum, log_sum, logp = (torch.empty(a.shape[0], device=a.device) for _ in range(3))
     out = RowStatistics(maximum, log_sum, logp, torch.zeros_like(logp))
     target, (_alive, numbers) = target.contiguous(), ready(scale)
@@ -61,8 +59,8 @@ def statistics_(
         chunk_of(a), numbers, target.data_ptr(), addresses, backend.cuda_stream(a)
     )
     if further is not None:
-        bent = chunks.bend_(a.to(torch.float32, copy=True), scale)
-        chunks.bent_further(further, bent, out, scale)
+        bent = reference.bend_(a.to(torch.float32, copy=True), scale)
+        reference.bent_further(further, bent, out, scale)
     return out
 
 
@@ -77,9 +75,9 @@ def gradient_(
     drop: bool = False,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Rows]:
-    """`chunks.gradient_` in CUDA C++. No row leaves: those without a coefficient are zeroed, and not read."""
+    """`reference.gradient_` in CUDA C++. No row leaves: those without a coefficient are zeroed, and not read."""
     if not takes(z):
-        return chunks.gradient_(z, target, stats, d, scale, raw=raw, drop=drop, dtype=dtype)
+        return reference.gradient_(z, target, stats, d, scale, raw=raw, drop=drop, dtype=dtype)
     write_gradient(z, target, stats, d, scale, z)
     return z if dtype is None else z.to(dtype), slice(0, z.shape[0])
 
@@ -90,8 +88,7 @@ def write_gradient(
 ) -> None:
     """d loss / d raw logits into `out`: the logits' own memory, or another of their type, or of 16 bits for float32."""
     target, (_alive, numbers) = target.contiguous(), ready(scale)
-    stats = RowStatistics(*(x.contiguous() for x in stats))
-    d = Coefficients(d.logp.contiguous(), None if d.entropy is None else d.entropy.contiguous())
+    stats, d = stats.contiguous(), d.contiguous()
     _, out_type, out_stride, *_ = chunk_of(out)
     backend.cuda().vocab_head_gradient(
         chunk_of(logits), numbers, target.data_ptr(),

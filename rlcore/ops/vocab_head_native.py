@@ -5,22 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlcore.algorithms import vocab_head_chunks as chunks
-from rlcore.algorithms.vocab_head_chunks import Coefficients, Further, RowPasses, RowStatistics, Scale
+from rlcore.algorithms import vocab_head_passes as reference
+from rlcore.algorithms import vocab_head_rows as selection
+from rlcore.algorithms.vocab_head_passes import Coefficients, Further, RowPasses, RowStatistics, Scale
 from rlcore.algorithms.vocab_head_products import Rows
 from rlcore.ops import backend
 from rlcore.ops.policy_loss_raw import evaluate_chunk
 
 
 def is_native(logits: Tensor) -> bool:
-    """float32 rows on the CPU with unit stride that do not overlap (an expanded row does)."""
-    lies_well = logits.stride(1) == 1 and row_stride(logits) >= logits.shape[1]
-    return logits.dtype == torch.float32 and logits.device.type == "cpu" and lies_well
-
-
-def row_stride(logits: Tensor) -> int:
-    """The distance of two rows; a single one may say anything."""
-    return logits.stride(0) if logits.shape[0] > 1 else logits.shape[1]
+    return logits.dtype == torch.float32 and logits.device.type == "cpu" and selection.lie_apart(logits)
 
 
 Chunk = tuple[int, int, int, int, int, int, int, float, float]
@@ -29,7 +23,7 @@ Chunk = tuple[int, int, int, int, int, int, int, float, float]
 def chunk_arguments(logits: Tensor, target: Tensor, temperature: Tensor, scale: Scale) -> Chunk:
     """The chunk as csrc/cpu/vocab_head.h wants it; the caller keeps the tensors alive."""
     return (
-        logits.data_ptr(), row_stride(logits), logits.shape[0], logits.shape[1], target.data_ptr(),
+        logits.data_ptr(), selection.row_stride(logits), logits.shape[0], logits.shape[1], target.data_ptr(),
         temperature.data_ptr(), temperature.dim(), scale.logit_scale.item(),
         0.0 if scale.softcap is None else scale.softcap.item(),
     )  # fmt: skip
@@ -38,9 +32,9 @@ def chunk_arguments(logits: Tensor, target: Tensor, temperature: Tensor, scale: 
 def statistics_(
     a: Tensor, target: Tensor, scale: Scale, entropy: bool, further: Further | None = None
 ) -> RowStatistics:
-    """`chunks.statistics_` in C++; `further` by torch, from the chunk that C++ has bent."""
+    """`reference.statistics_` in C++; `further` by torch, from the chunk that C++ has bent."""
     if not is_native(a):
-        return chunks.statistics_(a, target, scale, entropy, further)
+        return reference.statistics_(a, target, scale, entropy, further)
     if scale.bias is not None:
         a.add_(scale.bias)
     module = backend.native()
@@ -54,7 +48,7 @@ def statistics_(
         torch.get_num_threads(),
     )  # fmt: skip
     if further is not None:
-        chunks.bent_further(further, a, out, scale)
+        reference.bent_further(further, a, out, scale)
     return out
 
 
@@ -69,18 +63,17 @@ def gradient_(
     drop: bool = False,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Rows]:
-    """`chunks.gradient_` in C++."""
+    """`reference.gradient_` in C++."""
     if not is_native(z):
-        return chunks.gradient_(z, target, stats, d, scale, raw=raw, drop=drop, dtype=dtype)
+        return reference.gradient_(z, target, stats, d, scale, raw=raw, drop=drop, dtype=dtype)
     if raw and scale.bias is not None:
         z.add_(scale.bias)
     module = backend.native()
     assert module is not None
-    keep = chunks.kept_rows(d.nonzero(), z.shape[0]) if drop else slice(0, z.shape[0])
-    count = chunks.count(keep)
+    keep = selection.kept_rows(d.nonzero(), z.shape[0]) if drop else slice(0, z.shape[0])
+    count = selection.count(keep)
     target, temperature = target.contiguous(), scale.temperature.contiguous()
-    stats = RowStatistics(*(x.contiguous() for x in stats))
-    d = Coefficients(d.logp.contiguous(), None if d.entropy is None else d.entropy.contiguous())
+    stats, d = stats.contiguous(), d.contiguous()
     module.vocab_head_gradient(
         *chunk_arguments(z, target, temperature, scale),
         stats.maximum.data_ptr(), stats.log_sum.data_ptr(), stats.entropy.data_ptr(),

@@ -14,17 +14,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from rlcore.algorithms import vocab_head_chunks as chunks
+from rlcore.algorithms import vocab_head_passes as reference
 from rlcore.algorithms import vocab_head_shards as merging
 from rlcore.algorithms import vocab_head_tiles as tiles
 from rlcore.algorithms.vocab_head import LogProbs
-from rlcore.algorithms.vocab_head_chunks import Coefficients, Further, RowStatistics, Scale
 from rlcore.algorithms.vocab_head_inputs import (
     Number,
     autocast_dtype,
     cast,
     flat_head,
 )
+from rlcore.algorithms.vocab_head_passes import Coefficients, Further, RowStatistics, Scale
 from rlcore.ops import backend
 from rlcore.ops.vocab_head import shaped
 from rlcore.ops.vocab_head_autograd import as_given, constants, refuse_double_backward
@@ -90,7 +90,7 @@ class VocabParallelLogprob(Function):
         if mask is not None:
             stats = RowStatistics(*(torch.where(mask, x, 0) for x in stats))
             if further is not None:
-                chunks.clear(further, mask)
+                reference.clear(further, mask)
         ctx.save_for_backward(hidden, weight, bias, target, mask, temperature, softcap, logit_scale, *stats)
         ctx.set_materialize_grads(False)
         more = own_further if further is None else further

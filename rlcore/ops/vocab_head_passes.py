@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from rlcore.algorithms import vocab_head_scores as scores
-from rlcore.algorithms.vocab_head_chunks import TORCH, RowPasses, RowStatistics
+from rlcore.algorithms.vocab_head_passes import TORCH, RowPasses, RowStatistics
 from rlcore.ops import backend, vocab_head_triton
 from rlcore.ops.policy_loss_raw import evaluate_chunk
 from rlcore.ops.vocab_head_cuda import CUDA

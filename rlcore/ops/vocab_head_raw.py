@@ -14,11 +14,12 @@ from torch import Tensor
 
 from rlcore.algorithms import vocab_head as algorithm
 from rlcore.algorithms import vocab_head_chunks as chunks
+from rlcore.algorithms import vocab_head_passes as reference
 from rlcore.algorithms import vocab_head_products as products
 from rlcore.algorithms import vocab_head_tiles as tiles
 from rlcore.algorithms.objective import lookup
 from rlcore.algorithms.policy_loss import metric_names
-from rlcore.algorithms.vocab_head_chunks import Coefficients, Further, RowStatistics, Scale
+from rlcore.algorithms.vocab_head_passes import Coefficients, Further, RowStatistics, Scale
 from rlcore.layout import TokenBatch
 from rlcore.ops.vocab_head_passes import row_passes, score_passes
 from rlcore.ops.vocab_head_triton import fused_statistics
@@ -41,7 +42,7 @@ def empty_statistics(like: Tensor, N: int, statistics: bool) -> Six:
 
 def empty_further(like: Tensor, N: int, statistics: bool) -> tuple[Further, Further | None]:
     """(what an op returns, what its passes fill): nothing to fill where it is not asked for."""
-    further = chunks.empty_further(N if statistics else 0, like.dtype, like.device)
+    further = reference.empty_further(N if statistics else 0, like.dtype, like.device)
     return further, further if statistics else None
 
 

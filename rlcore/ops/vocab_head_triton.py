@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlcore.algorithms import vocab_head_chunks as chunks
+from rlcore.algorithms import vocab_head_passes as reference
+from rlcore.algorithms import vocab_head_rows as selection
 from rlcore.algorithms import vocab_head_scores as scores
-from rlcore.algorithms.vocab_head_chunks import Coefficients, Further, RowPasses, RowStatistics, Scale
+from rlcore.algorithms.vocab_head_passes import Coefficients, Further, RowPasses, RowStatistics, Scale
 from rlcore.algorithms.vocab_head_products import Rows
 from rlcore.ops import backend
 from rlcore.ops.policy_loss_raw import evaluate_chunk
@@ -22,9 +23,9 @@ def is_triton(logits: Tensor) -> bool:
 def statistics(
     a: Tensor, target: Tensor, scale: Scale, entropy: bool, further: Further | None = None
 ) -> RowStatistics:
-    """`chunks.statistics_`, but the raw logits stay as they are: bending them again is cheaper than writing them."""
+    """`reference.statistics_`, but the raw logits stay as they are: bending them again is cheaper than writing them."""
     if not is_triton(a):
-        return chunks.statistics_(a, target, scale, entropy, further)
+        return reference.statistics_(a, target, scale, entropy, further)
     from rlcore.kernels import vocab_head as kernels
 
     found = kernels.statistics(
@@ -45,12 +46,12 @@ def gradient(
     drop: bool = False,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Rows]:
-    """`chunks.gradient_` of raw logits, which `statistics` has left. Rows without a coefficient become zero.
+    """`reference.gradient_` of raw logits, which `statistics` has left. Rows without a coefficient become zero.
 
     In a narrower dtype it takes the front of each row's memory, so that a chunk costs four bytes a logit and no more.
     """
     if not is_triton(z):
-        return chunks.gradient_(z, target, stats, d, scale, raw=raw, drop=drop, dtype=dtype)
+        return reference.gradient_(z, target, stats, d, scale, raw=raw, drop=drop, dtype=dtype)
     from rlcore.kernels import vocab_head as kernels
 
     out = kernels.narrower(z, z.dtype if dtype is None else dtype)
@@ -65,8 +66,7 @@ def write_gradient(
 
     return kernels.gradient(
         logits, out, target.contiguous(), contiguous(scale.bias), scale.temperature.contiguous(), scale.softcap,
-        scale.logit_scale, RowStatistics(*(x.contiguous() for x in stats)), d.logp.contiguous(),
-        contiguous(d.entropy),
+        scale.logit_scale, stats.contiguous(), *d.contiguous(),
     )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def fused_statistics(
     from rlcore.kernels import vocab_head_fused as kernels
 
     if not sharded:
-        chunks.check_target(target, weight.shape[0], chunks.kept_rows(mask, target.shape[0]))
+        selection.check_target(target, weight.shape[0], selection.kept_rows(mask, target.shape[0]))
     hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
     found = kernels.statistics(
         hidden, weight, target.contiguous(), contiguous(mask), contiguous(scale.bias), scale.temperature.contiguous(),
@@ -125,7 +125,7 @@ def score_statistics(
     if keep is None:
         return stats
     if further is not None:
-        chunks.clear(further, keep)
+        reference.clear(further, keep)
     return RowStatistics(*(torch.where(keep, x, 0) for x in stats))
 
 
@@ -149,4 +149,4 @@ def score_gradient(
 
 
 def check_labels(logits: Tensor, target: Tensor, keep: Tensor | None) -> None:
-    chunks.check_target(target, logits.shape[-1], chunks.kept_rows(keep, target.shape[0]))
+    selection.check_target(target, logits.shape[-1], selection.kept_rows(keep, target.shape[0]))

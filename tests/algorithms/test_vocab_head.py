@@ -17,6 +17,8 @@ from accuracy import assert_accurate
 from oracles import vocab_head as oracle
 from rlcore.algorithms import vocab_head as vh
 from rlcore.algorithms import vocab_head_chunks as chunks
+from rlcore.algorithms import vocab_head_passes as reference
+from rlcore.algorithms import vocab_head_rows as selection
 from rlcore.algorithms.objective import Objective
 from rlcore.layout import TokenBatch
 
@@ -74,11 +76,11 @@ def test_out_of_range_labels_in_a_row_pass_give_nan(label):
     """What a GPU shows, where nobody can raise: never a plausible number, neither value nor gradient."""
     z = torch.randn(3, 7)
     target = torch.tensor([1, label, 6])
-    stats = chunks.block_statistics(z, target, True)
+    stats = reference.block_statistics(z, target, True)
     assert stats.logp.isnan().tolist() == [False, True, False]
     scale = vh.scale_of(z, 1.0, None, 1.0)
-    d = chunks.Coefficients(torch.ones(3), None)
-    gradient = chunks.block_gradient_(z.clone(), target, stats, d, scale)
+    d = reference.Coefficients(torch.ones(3), None)
+    gradient = reference.block_gradient_(z.clone(), target, stats, d, scale)
     assert gradient.isnan().any(1).tolist() == [False, True, False]
 
 
@@ -92,14 +94,14 @@ def test_gradient_rows_move_to_the_front_of_the_buffer(dropped, monkeypatch):
         dropped
     ]
     d_logp[list(zero)] = d_entropy[list(zero)] = 0
-    d = chunks.Coefficients(d_logp, d_entropy)
+    d = reference.Coefficients(d_logp, d_entropy)
     for block in (1, 3, 64):
         set_chunk(monkeypatch, 7, 64, block)
         bent = z.clone()
-        stats = chunks.statistics_(bent, target, scale, True)
-        whole, everything = chunks.gradient_(bent.clone(), target, stats, d, scale, raw=False)
+        stats = reference.statistics_(bent, target, scale, True)
+        whole, everything = reference.gradient_(bent.clone(), target, stats, d, scale, raw=False)
         assert everything == slice(0, 20)
-        left, keep = chunks.gradient_(bent, target, stats, d, scale, raw=False, drop=True)
+        left, keep = reference.gradient_(bent, target, stats, d, scale, raw=False, drop=True)
         assert left.shape[0] == 20 - len(zero) and (not len(left) or left.data_ptr() == bent.data_ptr())
         assert torch.equal(left, whole[keep])
 
@@ -112,7 +114,7 @@ def test_gradient_rows_move_to_the_front_of_the_buffer(dropped, monkeypatch):
 def test_pieces_cover_every_row_once(keep, bound, cuts, anywhere):
     """Pieces are contiguous, cut only at borders, hold at most `bound` kept rows unless a single unit has more."""
     N = len(keep)
-    rows = chunks.kept_rows(torch.tensor(keep), N)
+    rows = selection.kept_rows(torch.tensor(keep), N)
     borders = None if anywhere else sorted([0, N, *(c for c in cuts if c <= N)])
     found = list(vh.pieces(rows, N, bound, borders))
     assert [p.start for p in found] == [0, *(p.stop for p in found[:-1])] and found[-1].stop == N

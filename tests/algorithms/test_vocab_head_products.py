@@ -8,6 +8,7 @@ from vocab_head_cases import check_forward, check_gradients, coefficients, gradi
 
 from rlcore.algorithms import vocab_head_chunks as chunks
 from rlcore.algorithms import vocab_head_products as products
+from rlcore.algorithms import vocab_head_rows as selection
 from rlcore.algorithms import vocab_head_tiles as tiles
 from rlcore.algorithms.objective import Objective
 from rlcore.layout import TokenBatch
@@ -28,7 +29,7 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(products, "keeps_float32", lambda x: x.dtype == torch.bfloat16)
     monkeypatch.setattr(products, "multiply", lambda a, b, out: out.copy_(wide(a, b, out)))
     monkeypatch.setattr(products, "multiply_add", lambda a, b, out: out.add_(wide(a, b, out)))
-    monkeypatch.setattr(chunks, "compacts", lambda device: False)
+    monkeypatch.setattr(selection, "compacts", lambda device: False)
     return seen
 
 
@@ -112,8 +113,8 @@ def test_rows_more_than_entries_go_by_chunks(as_on_a_gpu):
 
 def test_chunks_of_a_gpu_are_whole_tiles_and_begin_aligned():
     device = torch.device("meta")
-    assert chunks.chunk_rows(151936, torch.float32, device) == 4096
-    assert chunks.chunk_rows(151936, torch.float32, device, 2**29) == 768
+    assert selection.chunk_rows(151936, torch.float32, device) == 4096
+    assert selection.chunk_rows(151936, torch.float32, device, 2**29) == 768
     buffer = chunks.logits_buffer(torch.empty(50257, 4, device=device), 8, torch.float32)
     assert buffer.shape == (8, 50257) and buffer.stride() == (50304, 1)
 

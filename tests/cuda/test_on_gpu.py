@@ -7,7 +7,7 @@ import torch
 from policy_loss_cases import RATIOS, large
 
 import rlcore as rl
-from rlcore.algorithms.vocab_head_chunks import Coefficients, Scale
+from rlcore.algorithms.vocab_head_passes import Coefficients, Scale
 from rlcore.ops import policy_loss_cuda, segments_cuda
 from rlcore.ops import vocab_head_cuda as passes
 

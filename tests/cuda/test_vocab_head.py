@@ -22,7 +22,7 @@ from vocab_head_cases import (
 import rlcore as rl
 from accuracy import assert_accurate
 from oracles import vocab_head as oracle
-from rlcore.algorithms.vocab_head_chunks import Coefficients, Scale
+from rlcore.algorithms.vocab_head_passes import Coefficients, Scale
 from rlcore.ops import vocab_head_cuda as passes
 from rlcore.ops.vocab_head_cuda import TYPES
 

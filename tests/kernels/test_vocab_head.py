@@ -21,8 +21,9 @@ from vocab_head_cases import (
 import rlcore as rl
 from accuracy import assert_accurate, to_float64
 from oracles import vocab_head as oracle
-from rlcore.algorithms import vocab_head_chunks as chunks
-from rlcore.algorithms.vocab_head_chunks import Coefficients, RowStatistics, Scale
+from rlcore.algorithms import vocab_head_passes as reference
+from rlcore.algorithms import vocab_head_rows as selection
+from rlcore.algorithms.vocab_head_passes import Coefficients, RowStatistics, Scale
 
 pytest.importorskip("triton")
 
@@ -38,13 +39,13 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", 32)
     monkeypatch.setattr(kernels, "GRADIENT_BLOCK", 32)
     for device in ("cpu", "default"):
-        monkeypatch.setitem(chunks.CHUNK_BYTES, device, 4 * 75 * 4)
+        monkeypatch.setitem(selection.CHUNK_BYTES, device, 4 * 75 * 4)
 
 
 @pytest.fixture
 def rows_stay(monkeypatch):
     """As on a GPU: dropped rows stay in the products."""
-    monkeypatch.setattr(chunks, "compacts", lambda device: False)
+    monkeypatch.setattr(selection, "compacts", lambda device: False)
 
 
 def there(case: Case, device: str) -> Case:
@@ -253,12 +254,12 @@ def test_passes_equal_those_of_torch(device):
     found = TRITON.statistics(logits, target, scale, True)
     assert torch.equal(logits, before)
     wide = Scale(*(x.double() for x in scale))
-    expected = chunks.statistics_(logits.double(), target, wide, True)
+    expected = reference.statistics_(logits.double(), target, wide, True)
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x.double(), y, rtol=1e-6, atol=2e-6)
     gradient, rows = TRITON.gradient(logits, target, found, d, scale, raw=False, drop=True)
     d64 = Coefficients(d.logp.double(), d.entropy.double())
-    exact, _ = chunks.gradient_(before.double(), target, expected, d64, wide, raw=True)
+    exact, _ = reference.gradient_(before.double(), target, expected, d64, wide, raw=True)
     assert rows == slice(0, 5) and gradient.data_ptr() == logits.data_ptr() and not gradient[2].any()
     torch.testing.assert_close(gradient.double(), exact, rtol=1e-5, atol=1e-6)
 
@@ -322,7 +323,7 @@ def test_the_first_logits_may_all_be_forbidden(device):
     target[:] = 50
     one = torch.ones((), device=device)
     found = TRITON.statistics(logits, target, Scale(one, None, one), True)
-    expected = chunks.statistics_(logits.double(), target, Scale(one, None, one), True)
+    expected = reference.statistics_(logits.double(), target, Scale(one, None, one), True)
     for x, y in zip(found, RowStatistics(*expected), strict=True):
         torch.testing.assert_close(x.double(), y, rtol=1e-6, atol=1e-6)
 

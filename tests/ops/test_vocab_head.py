@@ -22,8 +22,8 @@ from vocab_head_cases import (
 )
 
 from accuracy import to_float64
-from rlcore.algorithms import vocab_head_chunks as chunks
 from rlcore.algorithms import vocab_head_products as products
+from rlcore.algorithms import vocab_head_rows as selection
 from rlcore.ops import backend
 from rlcore.ops.vocab_head import linear_logprob, logprob
 
@@ -349,7 +349,7 @@ def test_rows_that_stay_on_a_gpu_are_neutral(monkeypatch):
     expected = run(case)
     frozen = linear_logprob(case.hidden.requires_grad_(), case.weight, case.target, **case.kwargs()).logp
     slope = torch.autograd.grad(frozen.sum(), case.hidden)[0]
-    monkeypatch.setattr(chunks, "compacts", lambda device: False)
+    monkeypatch.setattr(selection, "compacts", lambda device: False)
     for x, y in zip(flatten(run(case)), flatten(expected), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12)
     frozen = linear_logprob(case.hidden, case.weight, case.target, **case.kwargs()).logp

@@ -15,8 +15,9 @@ from vocab_head_cases import DTYPES, SETTINGS, make, set_chunk
 import rlcore as rl
 from accuracy import assert_accurate, to_float64
 from rlcore.algorithms import vocab_head as algorithm
-from rlcore.algorithms import vocab_head_chunks as chunks
+from rlcore.algorithms import vocab_head_passes as reference
 from rlcore.algorithms import vocab_head_products as products
+from rlcore.algorithms import vocab_head_rows as selection
 from rlcore.algorithms.objective import AGGREGATES, KL, RATIOS, SURROGATES, TIS, Objective
 from rlcore.layout import TokenBatch
 from rlcore.metrics import merge_metrics
@@ -204,7 +205,7 @@ def test_padded_equals_packed_and_masks_hide_everything(ratio, monkeypatch):
     found = (loss, metrics, [d_hidden.reshape(-1, 31)[kept], *rest])
     expected = run(dense, packed, objective)
     assert_same(found, expected)
-    monkeypatch.setattr(chunks, "compacts", lambda device: False)  # as on a GPU
+    monkeypatch.setattr(selection, "compacts", lambda device: False)  # as on a GPU
     loss, metrics, (d_hidden, *rest) = run(poisoned, holes, objective)
     assert_same((loss, metrics, [d_hidden.reshape(-1, 31)[kept], *rest]), expected)
 
@@ -340,8 +341,8 @@ def test_no_grad_runs_the_forward_alone(monkeypatch):
     batch = batch_of(case)
     expected, *_ = run(case, batch, Objective())
     calls = []
-    original = chunks.gradient_
-    monkeypatch.setattr(chunks, "gradient_", lambda *a, **k: (calls.append(a), original(*a, **k))[1])
+    original = reference.gradient_
+    monkeypatch.setattr(reference, "gradient_", lambda *a, **k: (calls.append(a), original(*a, **k))[1])
     with torch.no_grad():
         loss, metrics = linear_policy_loss(case.hidden, case.weight, batch, Objective(), case.bias, **case.numbers())
     assert torch.equal(loss, expected) and not loss.requires_grad and not calls
@@ -435,7 +436,7 @@ def test_low_precision_weight_gradients_are_put_together_from_slices(monkeypatch
     """The sums over all chunks are those of one whole: in fp32 until the incoming gradient is applied, rounded once."""
     case = make("random", "bias", dtype)
     batch = batch_of(case)
-    monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 13 * case.weight.shape[0] * 4)
+    monkeypatch.setitem(selection.CHUNK_BYTES, "cpu", 13 * case.weight.shape[0] * 4)
 
     def loss(hidden, weight, bias):
         return linear_policy_loss(hidden, weight, batch, Objective(), bias, **case.numbers())[0]

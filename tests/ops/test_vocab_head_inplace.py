@@ -8,7 +8,7 @@ from vocab_head_cases import DTYPES, set_chunk
 
 from accuracy import assert_accurate, to_float64
 from oracles import vocab_head as oracle
-from rlcore.algorithms.vocab_head_chunks import TORCH
+from rlcore.algorithms.vocab_head_passes import TORCH
 from rlcore.ops import backend, vocab_head_passes
 from rlcore.ops import vocab_head_raw as raw
 from rlcore.ops.vocab_head import logprob

@@ -11,7 +11,7 @@ from vocab_head_cases import DTYPES, set_chunk
 from accuracy import assert_accurate, to_float64
 from oracles import vocab_head as oracle
 from rlcore.algorithms import vocab_head as algorithm
-from rlcore.algorithms import vocab_head_chunks as chunks
+from rlcore.algorithms import vocab_head_rows as selection
 from rlcore.algorithms.objective import Objective
 from rlcore.layout import TokenBatch
 from rlcore.ops import backend
@@ -92,8 +92,8 @@ def test_logprob_masks_slices_and_blocks(masked, seed, block, sliced):
     hidden_gradients = [x.masked_fill(~keep, torch.nan) for x in d]
     with pytest.MonkeyPatch.context() as patch:
         set_chunk(patch, 123, 10, block, itemsize=8)
-        for compacts in (chunks.compacts, lambda device: False):
-            patch.setattr(chunks, "compacts", compacts)
+        for compacts in (selection.compacts, lambda device: False):
+            patch.setattr(selection, "compacts", compacts)
             found = grads(lambda z: logprob(z, labels, heat, entropy=True, mask=keep), given_z, hidden_gradients)
             for x, y in zip(found, expected, strict=True):
                 torch.testing.assert_close(x[keep], y, rtol=1e-12, atol=1e-12)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlcore.algorithms.vocab_head_chunks import TORCH, Coefficients, Scale
+from rlcore.algorithms.vocab_head_passes import TORCH, Coefficients, Scale
 from rlcore.ops import backend
 from rlcore.ops.vocab_head_native import NATIVE
 

@@ -12,9 +12,9 @@ import torch
 from vocab_head_cases import check_forward, check_further, check_gradients
 from vocab_parallel_worker import CASES, ROWS, case_of
 
-from rlcore.algorithms import vocab_head_chunks as chunks
+from rlcore.algorithms import vocab_head_passes as reference
 from rlcore.algorithms import vocab_head_shards as merging
-from rlcore.algorithms.vocab_head_chunks import RowStatistics
+from rlcore.algorithms.vocab_head_passes import RowStatistics
 
 WORKER = Path(__file__).resolve().parents[1] / "vocab_parallel_worker.py"
 
@@ -74,10 +74,10 @@ def test_merged_shards(cuts):
     target = torch.tensor([50, 100, 0, 122, 40, 39])
     starts = (0, *cuts[:-1])
     shards = [
-        chunks.block_statistics(z[:, a:b].float(), target - a, True) for a, b in zip(starts, cuts, strict=True)
+        reference.block_statistics(z[:, a:b].float(), target - a, True) for a, b in zip(starts, cuts, strict=True)
     ]
     stacked = RowStatistics(*(torch.stack(x) for x in zip(*shards, strict=True)))
     found = merging.merge_shards(stacked, target, torch.tensor(starts), torch.tensor(cuts))
-    expected = chunks.block_statistics(z, target, True)
+    expected = reference.block_statistics(z, target, True)
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x.double(), y, rtol=2e-6, atol=2e-6)

@@ -11,9 +11,10 @@ from vocab_head_cases import DATA, DTYPES, check_further, coefficients, gradient
 
 import rlcore as rl
 from accuracy import assert_accurate
-from rlcore.algorithms import vocab_head_chunks as chunks
+from rlcore.algorithms import vocab_head_passes as reference
+from rlcore.algorithms import vocab_head_rows as selection
 from rlcore.algorithms import vocab_head_shards as merging
-from rlcore.algorithms.vocab_head_chunks import Further, RowStatistics
+from rlcore.algorithms.vocab_head_passes import Further, RowStatistics
 from rlcore.ops import backend
 
 BACKENDS = ["reference", None]
@@ -51,7 +52,7 @@ def test_passes_of_torch(monkeypatch):
 @pytest.mark.parametrize("stays", [False, True])
 def test_nothing_else_changes(stays, monkeypatch):
     """logp, entropy and the gradients are the same bits; on a GPU, where masked rows stay, too."""
-    monkeypatch.setattr(chunks, "compacts", lambda device: not stays)
+    monkeypatch.setattr(selection, "compacts", lambda device: not stays)
     case = make("random", "rows", masked=0.3)
     case.hidden[~case.mask], case.target[~case.mask] = torch.nan, -100
     found = []
@@ -154,8 +155,8 @@ def test_merged_shards(cuts):
     z[2, 100] = 300.0
     starts, target = (0, *cuts[:-1]), torch.zeros(4, dtype=torch.int64)
     parts = [z[:, a:b].float() for a, b in zip(starts, cuts, strict=True)]
-    own = [chunks.block_statistics(x, target, True) for x in parts]
-    more = [chunks.block_further(x, stats) for x, stats in zip(parts, own, strict=True)]
+    own = [reference.block_statistics(x, target, True) for x in parts]
+    more = [reference.block_further(x, stats) for x, stats in zip(parts, own, strict=True)]
     shards = RowStatistics(*(torch.stack(x) for x in zip(*own, strict=True)))
     first = torch.tensor(starts)
     whole = merging.merge_shards(shards, target, first, torch.tensor(cuts))
