@@ -153,28 +153,23 @@ policy_units_kernel = triton.jit(
 
 def unit_terms(
     fields: dict[str, Tensor | None],
-    borders: Tensor,
-    order: Tensor | None,
-    count: Tensor | None,
+    rows: tuple[Tensor, Tensor | None, Tensor | None],
     totals: tuple[Tensor, Tensor],
     numbers: Sequence[float],
     structure: tuple[str, str, str, str, bool, bool, bool],
-    *,
-    mean: bool,
-    through: bool,
-    own: bool,
+    wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(mean log-ratio, mean derivative by it, coefficient of a sequence's mean), [N] float32 each, None if not wanted.
 
-    Arguments as in `policy_loss.policy_loss`; borders [units + 1] int64 in the order of `order`, `count` [1] of them.
+    `rows` are the units' borders [units + 1] int64, the rows in their order [N] int64 or None, and how many of them
+    there are, [1] int64 or None; other arguments as in `policy_loss.policy_loss`.
     """
-    logp = fields["logp"]
+    logp, units = fields["logp"], rows[0].shape[0] - 1
     assert logp is not None
-    out = [torch.empty_like(logp, dtype=torch.float32) if wanted else None for wanted in (mean, through, own)]
+    mean, through, own = (torch.empty_like(logp, dtype=torch.float32) if x else None for x in wanted)
     _, surrogate, _, aggregate, dual_clip, correction, _ = structure
-    units = borders.shape[0] - 1
-    policy_units_kernel[(max(1, min(units, PROGRAMS)),)](
-        *(fields.get(name) for name in FIELDS), borders, order, count, *totals, *out, units, *numbers[:4], numbers[6],
+    policy_units_kernel[(min(units, PROGRAMS),)](
+        *(fields.get(name) for name in FIELDS), *rows, *totals, mean, through, own, units, *numbers[:4], numbers[6],
         surrogate, aggregate, dual_clip, correction, BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
-    return out[0], out[1], out[2]
+    return mean, through, own

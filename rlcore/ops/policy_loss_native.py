@@ -12,24 +12,7 @@ from rlcore.algorithms.objective import Objective
 from rlcore.algorithms.policy_loss import FIELDS, Evaluated, ratio_level
 from rlcore.layout import TokenBatch, flat_offsets
 from rlcore.ops import backend
-
-
-class Arguments:
-    """Addresses for the C++ pass, and the tensors behind them kept alive."""
-
-    def __init__(self) -> None:
-        self.alive: list[Tensor] = []
-
-    def address(self, x: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
-        """The address of x as a contiguous tensor of a dtype, 0 for None."""
-        if x is None:
-            return 0
-        if x.dtype != dtype:
-            x = x.to(dtype)
-        if not x.is_contiguous():
-            x = x.contiguous()
-        self.alive.append(x)
-        return x.data_ptr()
+from rlcore.ops.policy_loss_launch import Arguments, structure
 
 
 @torch.no_grad()
@@ -75,13 +58,7 @@ def evaluate(
         n,
         at.address(offsets, torch.int64),
         0 if offsets is None else offsets.shape[0] - 1,
-        "unit" if has_units else objective.ratio,
-        objective.surrogate,
-        "" if objective.kl is None else objective.kl.estimator,
-        objective.aggregate,
-        objective.has_dual_clip,
-        objective.has_correction,
-        objective.needs_entropy,
+        *structure(objective),
         base,
         count,
         loss.data_ptr(),

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from policy_loss_cases import RATIOS, large
 
 import rlcore as rl
 from rlcore.algorithms.vocab_head_passes import Coefficients, Scale
-from rlcore.ops import policy_loss_cuda, segments_cuda
+from rlcore.ops import segments_cuda
 from rlcore.ops import vocab_head_cuda as passes
 
 pytestmark = pytest.mark.skipif(
@@ -56,70 +55,6 @@ def test_segments_do_not_wait(no_waiting):
         segments_cuda.group_advantage(x, group, "group", "group", 1, 1e-6, None, None, "reward")
 
 
-@pytest.mark.parametrize("ratio", RATIOS)
-def test_policy_loss_does_not_wait(ratio, no_waiting):
-    logp, entropy, batch, objective = large(ratio, "seq_mean_token_mean")
-    batch, logp, entropy = batch.to("cuda"), logp.cuda().requires_grad_(), entropy.cuda().requires_grad_()
-    torch.cuda.synchronize()
-    no_waiting()
-    with rl.backend("cuda"):
-        rl.policy_loss(logp, batch, objective, entropy)[0].backward()
-
-
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
-def test_a_graph_captures_the_policy_loss(ratio):
-    """A captured launch has a counter of its own; those outside go on with theirs."""
-    logp, entropy, batch, objective = large(ratio, "seq_mean_token_mean")
-    batch, logp, entropy = batch.to("cuda"), logp.cuda(), entropy.cuda()
-    evaluate = lambda: policy_loss_cuda.evaluate(logp, entropy, batch, objective, (True, True))  # noqa: E731
-    with rl.backend("cuda"):
-        eager = evaluate()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = evaluate()
-        for _ in range(3):
-            for x in captured:
-                x.zero_()
-            graph.replay()
-            again = evaluate()
-            torch.cuda.synchronize()
-            assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(eager, captured, again, strict=True))
-
-
-def test_policy_losses_on_several_streams_at_once():
-    n = 1 << 20
-    logp = -torch.rand(n, device="cuda")
-    batch = rl.TokenBatch(torch.zeros(n, dtype=torch.int64, device="cuda"), torch.tensor([0, n], device="cuda"),
-                          advantage=torch.randn(n, device="cuda"), old_logp=logp + 0.1)  # fmt: skip
-    streams = [torch.cuda.Stream() for _ in range(4)]
-    torch.cuda.synchronize()
-    found = []
-    with rl.backend("cuda"):
-        for i in range(64):
-            with torch.cuda.stream(streams[i % 4]):
-                found.append(policy_loss_cuda.evaluate(logp, None, batch, rl.Objective(), (True, False)))
-        torch.cuda.synchronize()
-    assert all(torch.equal(x, y) for out in found for x, y in zip(out, found[0], strict=True))
-
-
-def test_policy_loss_of_a_million_tokens_in_two_launches():
-    n = 1 << 20
-    leaf, entropy = (-torch.rand(n, device="cuda")).requires_grad_(), torch.rand(n, device="cuda").requires_grad_()
-    batch = rl.TokenBatch(torch.zeros(n, dtype=torch.int64, device="cuda"), torch.tensor([0, n], device="cuda"),
-                          advantage=torch.randn(n, device="cuda"), old_logp=leaf.detach() + 0.1)  # fmt: skip
-    objective, one = rl.Objective(entropy=0.01), torch.ones((), device="cuda")
-    with rl.backend("cuda"):
-        rl.policy_loss(leaf, batch, objective, entropy)[0].backward(one)
-        leaf.grad = entropy.grad = None
-        torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            rl.policy_loss(leaf, batch, objective, entropy)[0].backward(one)
-            torch.cuda.synchronize()
-    launches = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert len(launches) <= 2, launches
-
-
 def test_a_graph_captures_the_passes():
     logits, target, scale, d = head(5, 3000)
     source = logits.clone()
@@ -148,14 +83,3 @@ def test_more_than_2_to_the_31_logits():
     stats = both_passes(logits, target, scale, Coefficients(torch.ones(n, device="cuda"), None))
     assert torch.allclose(stats.logp, torch.tensor(-10.3972, device="cuda"))
     assert (logits[-1, 5] == 1).item() and (logits[-1, 6] < 0).item() and (logits[:, 5] == 1).all()
-
-
-def test_policy_loss_of_more_than_2_to_the_31_rows():
-    n = 2**31 + 5
-    logp, advantage = torch.zeros(n, device="cuda"), torch.ones(n, device="cuda")
-    batch = rl.TokenBatch(torch.zeros(1, dtype=torch.int64, device="cuda").expand(n),
-                          torch.tensor([0, n], device="cuda"), advantage=advantage)  # fmt: skip
-    with rl.backend("cuda"):
-        out = policy_loss_cuda.evaluate(logp, None, batch, rl.Objective(), (True, False))
-    assert out.loss.item() == pytest.approx(-1.0, rel=1e-5)
-    assert (out.d_logp[[0, 2**31 - 1, 2**31, n - 1]].cpu() * n).tolist() == pytest.approx([-1.0] * 4, rel=1e-5)

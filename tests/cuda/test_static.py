@@ -47,8 +47,15 @@ def test_every_kernel_is_recorded_without_a_spill_on_sm_90():
     assert all(r["stack"] == 0 for kernels in recorded["sm_90"].values() for r in kernels)
 
 
-# Picks the block that adds what all blocks have left: the counter orders them, and no result has it in it.
-LAST_BLOCK = "shared.is_last = atomicAdd(turn, 1u) == gridDim.x - 1;"
+# Picks the block that adds what all blocks have left: the counter orders them, and no result has it in it. What threads
+# have stored is out before their block is counted; none of the last block reads before that.
+LAST_BLOCK = """
+    __threadfence();
+    __syncthreads();
+    if (thread_of_block() == 0) shared.is_last = atomicAdd(turn, 1u) == gridDim.x - 1;
+    __syncthreads();
+    __threadfence();
+"""
 
 
 def test_no_atomics_but_the_one_that_picks_the_last_block():
