@@ -118,12 +118,19 @@ def visible(row, key, end, depth, key_depth, window, HAS_WINDOW: tl.constexpr):
 
 
 @triton.jit
+def depth_of(row, there, position_ptr, HAS_WINDOW: tl.constexpr):
+    """Without a window nobody asks for it: the row itself."""
+    depth = row
+    if HAS_WINDOW:
+        depth = tl.load(position_ptr + row, mask=there, other=0).to(tl.int32)
+    return depth
+
+
+@triton.jit
 def sees(row, depth, key, there, end_ptr, position_ptr, window, HAS_WINDOW: tl.constexpr):
     """[rows, keys]; keys that are not `there` are seen by nobody."""
     end = tl.load(end_ptr + key, mask=there, other=0).to(tl.int32)
-    key_depth = key
-    if HAS_WINDOW:
-        key_depth = tl.load(position_ptr + key, mask=there, other=0).to(tl.int32)
+    key_depth = depth_of(key, there, position_ptr, HAS_WINDOW)
     return visible(row[:, None], key[None, :], end[None, :], depth[:, None], key_depth[None, :], window, HAS_WINDOW)
 
 
@@ -134,10 +141,7 @@ def lanes_of(item, position_ptr, M, GROUP: tl.constexpr, LANES: tl.constexpr, HA
     row = lane // GROUP
     head = tl.program_id(1).to(tl.int64) * GROUP + lane % GROUP
     there = row < M
-    depth = row
-    if HAS_WINDOW:
-        depth = tl.load(position_ptr + row, mask=there, other=0).to(tl.int32)
-    return row, head, there, depth
+    return row, head, there, depth_of(row, there, position_ptr, HAS_WINDOW)
 
 
 @triton.jit
@@ -163,6 +167,14 @@ def load_rows(ptr, row, stride, column, there, D: tl.constexpr, BLOCK_D: tl.cons
         return tl.load(at, mask=(column < D)[None, :], other=0.0)
     else:
         return tl.load(at)
+
+
+@triton.jit
+def load_lanes(
+    ptr, row, head, row_stride, head_stride, column, there, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
+):
+    """As load_rows, of a head for each row."""
+    return load_rows(ptr + (head * head_stride)[:, None], row, row_stride, column, there, D, BLOCK_D, MASKED)
 
 
 @triton.jit
@@ -255,7 +267,7 @@ def prefix_attention_forward_kernel(
     item = items_ptr + 5 * tl.program_id(0).to(tl.int64)
     row, query_head, there, depth = lanes_of(item, position_ptr, M, GROUP, LANES, HAS_WINDOW)
     column = tl.arange(0, BLOCK_D)
-    q = load_rows(q_ptr + (query_head * q_head)[:, None], row, q_row, column, there, D, BLOCK_D, True)
+    q = load_lanes(q_ptr, row, query_head, q_row, q_head, column, there, D, BLOCK_D, True)
     k_ptr += head * k_head
     v_ptr += head * v_head
     finite_ptr += head
@@ -267,23 +279,16 @@ def prefix_attention_forward_kernel(
     else:
         top = tl.full([LANES], float("-inf"), dtype=tl.float32)
         total = tl.zeros([LANES], dtype=tl.float32)
-    full_begin, full_end, masked_end = segments_of(item)
-    for segment in range(full_begin, full_end):
-        first = tl.load(segments_ptr + 2 * segment).to(tl.int32)
-        for step in range(tl.load(segments_ptr + 2 * segment + 1).to(tl.int32)):
-            acc, top, total = forward_step(
-                acc, top, total, q, first + step * KEYS, row, depth, column, k_ptr, v_ptr, finite_ptr, end_ptr,
-                position_ptr, k_row, v_row, tl.num_programs(1), M, factor, cap, window, D, BLOCK_D, KEYS, HAS_WINDOW,
-                HAS_CAP, PRECISION, False,
-            )  # fmt: skip
-    for segment in range(full_end, masked_end):
-        first = tl.load(segments_ptr + 2 * segment).to(tl.int32)
-        for step in range(tl.load(segments_ptr + 2 * segment + 1).to(tl.int32)):
-            acc, top, total = forward_step(
-                acc, top, total, q, first + step * KEYS, row, depth, column, k_ptr, v_ptr, finite_ptr, end_ptr,
-                position_ptr, k_row, v_row, tl.num_programs(1), M, factor, cap, window, D, BLOCK_D, KEYS, HAS_WINDOW,
-                HAS_CAP, PRECISION, True,
-            )  # fmt: skip
+    bounds = segments_of(item)
+    for MASKED in tl.static_range(2):
+        for segment in range(bounds[MASKED], bounds[MASKED + 1]):
+            first = tl.load(segments_ptr + 2 * segment).to(tl.int32)
+            for step in range(tl.load(segments_ptr + 2 * segment + 1).to(tl.int32)):
+                acc, top, total = forward_step(
+                    acc, top, total, q, first + step * KEYS, row, depth, column, k_ptr, v_ptr, finite_ptr, end_ptr,
+                    position_ptr, k_row, v_row, tl.num_programs(1), M, factor, cap, window, D, BLOCK_D, KEYS,
+                    HAS_WINDOW, HAS_CAP, PRECISION, MASKED == 1,
+                )  # fmt: skip
 
     out = place_of(row, query_head, GROUP)
     tl.store(lse_ptr + out, (top + tl.log2(total)) * LN2, mask=there)

@@ -28,6 +28,7 @@ from rlcore.kernels.prefix_attention import (
     blocks_of,
     finite_rows,
     lanes_of,
+    load_lanes,
     load_rows,
     logits,
     numbers,
@@ -152,8 +153,8 @@ def prefix_attention_dq_kernel(
     item = items_ptr + 5 * tl.program_id(0).to(tl.int64)
     row, query_head, there, depth = lanes_of(item, position_ptr, M, GROUP, LANES, HAS_WINDOW)
     column = tl.arange(0, BLOCK_D)
-    q = load_rows(q_ptr + (query_head * q_head)[:, None], row, q_row, column, there, D, BLOCK_D, True)
-    do = load_rows(do_ptr + (query_head * do_head)[:, None], row, do_row, column, there, D, BLOCK_D, True)
+    q = load_lanes(q_ptr, row, query_head, q_row, q_head, column, there, D, BLOCK_D, True)
+    do = load_lanes(do_ptr, row, query_head, do_row, do_head, column, there, D, BLOCK_D, True)
     out = place_of(row, query_head, GROUP)
     lse = tl.load(lse_ptr + out, mask=there, other=0.0)
     delta = tl.load(delta_ptr + out, mask=there, other=0.0)
@@ -162,23 +163,16 @@ def prefix_attention_dq_kernel(
     finite_ptr += head
 
     dq = tl.zeros([LANES, BLOCK_D], dtype=tl.float32)
-    full_begin, full_end, masked_end = segments_of(item)
-    for segment in range(full_begin, full_end):
-        first = tl.load(segments_ptr + 2 * segment).to(tl.int32)
-        for step in range(tl.load(segments_ptr + 2 * segment + 1).to(tl.int32)):
-            dq = query_step(
-                dq, q, do, lse, delta, first + step * KEYS, row, depth, column, k_ptr, v_ptr, finite_ptr, end_ptr,
-                position_ptr, k_row, v_row, tl.num_programs(1), M, factor, cap, window, D, BLOCK_D, KEYS, HAS_WINDOW,
-                HAS_CAP, PRECISION, False,
-            )  # fmt: skip
-    for segment in range(full_end, masked_end):
-        first = tl.load(segments_ptr + 2 * segment).to(tl.int32)
-        for step in range(tl.load(segments_ptr + 2 * segment + 1).to(tl.int32)):
-            dq = query_step(
-                dq, q, do, lse, delta, first + step * KEYS, row, depth, column, k_ptr, v_ptr, finite_ptr, end_ptr,
-                position_ptr, k_row, v_row, tl.num_programs(1), M, factor, cap, window, D, BLOCK_D, KEYS, HAS_WINDOW,
-                HAS_CAP, PRECISION, True,
-            )  # fmt: skip
+    bounds = segments_of(item)
+    for MASKED in tl.static_range(2):
+        for segment in range(bounds[MASKED], bounds[MASKED + 1]):
+            first = tl.load(segments_ptr + 2 * segment).to(tl.int32)
+            for step in range(tl.load(segments_ptr + 2 * segment + 1).to(tl.int32)):
+                dq = query_step(
+                    dq, q, do, lse, delta, first + step * KEYS, row, depth, column, k_ptr, v_ptr, finite_ptr, end_ptr,
+                    position_ptr, k_row, v_row, tl.num_programs(1), M, factor, cap, window, D, BLOCK_D, KEYS,
+                    HAS_WINDOW, HAS_CAP, PRECISION, MASKED == 1,
+                )  # fmt: skip
     dq = (dq * scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + out[:, None] * D + column[None, :], dq, mask=there[:, None] & (column < D)[None, :])
 

@@ -19,6 +19,8 @@ from rlcore.kernels.prefix_attention import (
     ROWS,
     Blocks,
     blocks_of,
+    depth_of,
+    load_lanes,
     load_rows,
     logits,
     numbers,
@@ -70,16 +72,14 @@ def key_step(
     else:
         lse = tl.load(lse_ptr + out)
         delta = tl.load(delta_ptr + out)
-    q = load_rows(q_ptr + (query_head * q_head)[:, None], row, q_row, column, there, D, BLOCK_D, MASKED)
-    do = load_rows(do_ptr + (query_head * do_head)[:, None], row, do_row, column, there, D, BLOCK_D, MASKED)
+    q = load_lanes(q_ptr, row, query_head, q_row, q_head, column, there, D, BLOCK_D, MASKED)
+    do = load_lanes(do_ptr, row, query_head, do_row, do_head, column, there, D, BLOCK_D, MASKED)
     z, t = logits(tl.dot(k, tl.trans(q), input_precision=PRECISION), factor, cap, HAS_CAP)
     p = tl.exp2(z - lse[None, :])
     slope = p * (1.0 - t * t) if HAS_CAP else p
     ds = slope * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
     if MASKED:
-        depth = row
-        if HAS_WINDOW:
-            depth = tl.load(position_ptr + row, mask=row < M, other=0).to(tl.int32)
+        depth = depth_of(row, row < M, position_ptr, HAS_WINDOW)
         seen = visible(row[None, :], key[:, None], end[:, None], depth[None, :], key_depth[:, None], window, HAS_WINDOW)
         p = tl.where(seen, p, 0.0)
         ds = tl.where(seen, ds, 0.0)
@@ -134,29 +134,20 @@ def prefix_attention_dkdv_kernel(
     k = load_rows(k_ptr + head * k_head, key, k_row, column, key_there, D, BLOCK_D, True)
     v = load_rows(v_ptr + head * v_head, key, v_row, column, key_there, D, BLOCK_D, True)
     end = tl.load(end_ptr + key, mask=key_there, other=0).to(tl.int32)
-    key_depth = key
-    if HAS_WINDOW:
-        key_depth = tl.load(position_ptr + key, mask=key_there, other=0).to(tl.int32)
+    key_depth = depth_of(key, key_there, position_ptr, HAS_WINDOW)
 
     dk = tl.zeros([KEYS, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([KEYS, BLOCK_D], dtype=tl.float32)
-    full_begin, full_end, masked_end = segments_of(item)
-    for segment in range(full_begin, full_end):
-        first = tl.load(segments_ptr + 2 * segment).to(tl.int32)
-        for step in range(tl.load(segments_ptr + 2 * segment + 1).to(tl.int32)):
-            dk, dv = key_step(
-                dk, dv, k, v, first + step * LANES, key, end, key_depth, column, head, heads * GROUP, q_ptr, do_ptr,
-                lse_ptr, delta_ptr, position_ptr, q_row, q_head, do_row, do_head, M, factor, cap, window, GROUP, D,
-                BLOCK_D, LANES, HAS_WINDOW, HAS_CAP, PRECISION, False,
-            )  # fmt: skip
-    for segment in range(full_end, masked_end):
-        first = tl.load(segments_ptr + 2 * segment).to(tl.int32)
-        for step in tl.range(tl.load(segments_ptr + 2 * segment + 1).to(tl.int32), disable_licm=True):
-            dk, dv = key_step(
-                dk, dv, k, v, first + step * LANES, key, end, key_depth, column, head, heads * GROUP, q_ptr, do_ptr,
-                lse_ptr, delta_ptr, position_ptr, q_row, q_head, do_row, do_head, M, factor, cap, window, GROUP, D,
-                BLOCK_D, LANES, HAS_WINDOW, HAS_CAP, PRECISION, True,
-            )  # fmt: skip
+    bounds = segments_of(item)
+    for MASKED in tl.static_range(2):
+        for segment in range(bounds[MASKED], bounds[MASKED + 1]):
+            first = tl.load(segments_ptr + 2 * segment).to(tl.int32)
+            for step in tl.range(tl.load(segments_ptr + 2 * segment + 1).to(tl.int32), disable_licm=MASKED == 1):
+                dk, dv = key_step(
+                    dk, dv, k, v, first + step * LANES, key, end, key_depth, column, head, heads * GROUP, q_ptr, do_ptr,
+                    lse_ptr, delta_ptr, position_ptr, q_row, q_head, do_row, do_head, M, factor, cap, window, GROUP, D,
+                    BLOCK_D, LANES, HAS_WINDOW, HAS_CAP, PRECISION, MASKED == 1,
+                )  # fmt: skip
     dk *= scale
     # Read again, not kept: what the loops carry is all that the registers hold.
     key = (tl.load(item, volatile=True) * KEYS + tl.arange(0, KEYS)).to(tl.int32)
