@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rlcore.adapters.transformers import unwrap
+from rlcore.adapters.transformers import max_depth, unwrap
 from rlcore.engine import lora
 from rlcore.engine.checkpoint import save_model, why_unusable, write_directory
 from rlcore.engine.config import Config
@@ -232,9 +232,14 @@ def base_dtype(config: Config) -> torch.dtype:
 
 
 def check_fit(model: Any, tokenizer: Any, task: Task, answer_length: int) -> None:
-    """Makes the task's prompts fit the model; raises UserError where they can not, or tokens have no embedding."""
+    """Makes the task's prompts fit the model; raises UserError where they can not, or tokens have no embedding.
+
+    A model's context ends where its rotary frequencies would begin to depend on the longest sequence of a batch: the
+    same answer would have other log-probs in other company.
+    """
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise UserError(f"model.path: the tokenizer has {len(tokenizer)} tokens, the model embeddings for {rows}")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limits = getattr(model.config.get_text_config(), "max_position_embeddings", None), max_depth(unwrap(model))
+    context = min((limit for limit in limits if limit is not None), default=None)
     task.fit(tokenizer, context, answer_length)

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlcore.adapters.transformers import max_depth, unwrap
+
 
 class Samples(NamedTuple):
     """Answers of P prompts with G samples each: row r belongs to prompt r // G.
@@ -45,7 +47,11 @@ def sample(
     """Samples `samples` answers per prompt from a Hugging Face causal LM; see the module's docstring.
 
     `generator` lives on the model's device. An answer ends with its end token or at `max_new_tokens`.
+    Raises ValueError for prompts so long that rotary frequencies would depend on the longest of the answers.
     """
+    limit = max_depth(unwrap(model))
+    for i, prompt in enumerate(prompts):
+        check_depth(f"prompts[{i}]", len(prompt), max_new_tokens, limit)
     device = generator.device
     rows = len(prompts) * samples
     uniform = torch.rand(rows, max_new_tokens, generator=generator, device=device)
@@ -106,6 +112,15 @@ def prefill(
         rest, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1
     )
     return out.logits[:, -1], cache, mask, position[:, -1]
+
+
+def check_depth(name: str, length: int, follow: int, limit: int | None) -> None:
+    """Raises ValueError where `length` tokens, with those that may `follow`, are more than `limit`; None: no limit."""
+    if limit is not None and length + follow > limit:
+        raise ValueError(
+            f"{name}: expected at most {limit} tokens with those that may follow, got {length} + {follow}: beyond that "
+            "this model's rotary frequencies depend on the longest sequence that runs"
+        )
 
 
 def shared_length(prompts: list[list[int]]) -> int:

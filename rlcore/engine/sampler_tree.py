@@ -3,7 +3,7 @@
 A sequence is a node: the first `at` tokens of its parent, and its own. At rest a node holds keys and values of its own
 tokens alone; while it runs it is a row of a batch, which holds the whole prefix. So what runs is copied and nothing
 else, and no prefix is computed again: a branch passes the last token of its prefix through the model, once for all its
-sequences, to draw their first tokens, and prompts pass without their last.
+sequences, to draw their first tokens; prompts, and what is read after a prefix, pass without their last.
 Token t of a sequence is drawn with a number made from the seed, the sequence's place in the tree and t, so that it does
 not depend on what else runs, on when others finish, or on the order in which branches are made.
 Sliding windows are in the mask alone: every layer keeps all keys, since a prefix from before the window may go on.
@@ -12,6 +12,7 @@ Sliding windows are in the mask alone: every layer keeps all keys, since a prefi
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor
 
 from rlcore.adapters.transformers import EXACT_LAYERS, decoder, max_depth, unwrap
-from rlcore.engine.sampler import draw, prefill, shared_length
+from rlcore.engine.sampler import check_depth, draw, prefill, shared_length
 from rlcore.engine.seeding import generator
-from rlcore.prefix_tree_build import is_int
+from rlcore.prefix_tree_build import Tokens, count, is_int, token_ids
 
 KeysValues = list[tuple[Tensor, Tensor]]  # per layer [heads, tokens, head size]
 
@@ -30,7 +31,7 @@ KeysValues = list[tuple[Tensor, Tensor]]  # per layer [heads, tokens, head size]
 class Node:
     """A sequence: the first `at` tokens of its parent (-1: none), then its own, with the log-probs they were drawn at.
 
-    `behaviour_logp` and `model_logp` are those of `Samples`; a prompt has none, and limit 0. `kv` begins one token
+    `behaviour_logp` and `model_logp` are those of `Samples`; what is read has none, and limit 0. `kv` begins one token
     before the own ones, with the one that the branch passed, and ends before the last, which nothing followed.
     """
 
@@ -44,13 +45,13 @@ class Node:
     model_logp: list[float] = field(default_factory=list)
     running: bool = False
     kv: KeysValues = field(default_factory=list)
-    branches: Counter[int] = field(default_factory=Counter)
+    branches: Counter[str] = field(default_factory=Counter)
 
 
 class NodeTable(NamedTuple):
     """A tree cut where it branches, for `PrefixTree.from_nodes`: its nodes, and where the sequences asked for end.
 
-    predict says from which of a node's tokens on they were sampled: 0, or the node's length where it is a prompt's.
+    predict says from which of a node's tokens on they were sampled: 0, or the node's length where they were read.
     """
 
     tokens: list[list[int]]
@@ -71,8 +72,9 @@ class _Row:
 class Sampler:
     """Samples from a Hugging Face causal LM, token by token, from prompts and from any prefix of what was sampled.
 
-    Sequences end with `eos_id` or after `max_new_tokens` of their own; temperature, top_k and top_p as in `sample`. The
-    weights must not change while a sampler is used. Sequences are named by their index in `nodes`.
+    Sequences end with `eos_id` or after `max_new_tokens` of their own, unless a branch has another limit. temperature,
+    top_k and top_p are those of `sample`. The weights must not change while a sampler is used. Sequences are named by
+    their index in `nodes`.
     Raises ValueError for settings out of range and for models with layers that no branch can follow.
     """
 
@@ -88,8 +90,8 @@ class Sampler:
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> None:
+        _check_positive("max_new_tokens", max_new_tokens)
         for name, got, fits, expected in (
-            ("max_new_tokens", max_new_tokens, is_int(max_new_tokens) and max_new_tokens >= 1, "a positive int"),
             ("temperature", temperature, temperature > 0, "a positive number"),
             ("top_k", top_k, is_int(top_k) and top_k >= 0, "an int of at least 0"),
             ("top_p", top_p, 0 < top_p <= 1, "a number above 0 and at most 1"),
@@ -103,7 +105,8 @@ class Sampler:
         self.eos_id, self.pad_id = eos_id, pad_id
         self.shape = (temperature, top_k, top_p)
         self.max_depth = max_depth(unwrap(model))
-        self.device = unwrap(model).get_input_embeddings().weight.device
+        embedding = unwrap(model).get_input_embeddings().weight
+        self.vocabulary, self.device = embedding.shape[0], embedding.device
         self.nodes: list[Node] = []
         self._started = 0
         self._rows: list[_Row] = []
@@ -111,7 +114,8 @@ class Sampler:
         self._cache = _empty_cache()
 
     def path(self, node: int) -> list[int]:
-        """All tokens of a sequence, its prompt's included."""
+        """All tokens of a sequence, its prompt's included. Raises ValueError for what is no node."""
+        self._check_node("node", node)
         parts: list[list[int]] = []
         end = None
         while node >= 0:
@@ -121,16 +125,17 @@ class Sampler:
         return [token for part in reversed(parts) for token in part]
 
     @torch.no_grad()
-    def start(self, prompts: list[list[int]]) -> list[int]:
+    def start(self, prompts: Sequence[Tokens]) -> list[int]:
         """Passes prompts through the model, what they have in common once, and returns a node for each.
 
-        Raises ValueError for empty prompts, those too long as in `branch`, and models that keep no key per token.
+        Raises ValueError for empty prompts, those too long as in `branch`, ids that the model has no embedding for, and
+        models that keep no key per token.
         """
-        for i, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompts[{i}]: expected at least one token, got none")
-            self._check_depth(f"prompts[{i}]", len(prompt))
-        heads = [prompt[:-1] for prompt in prompts if len(prompt) > 1]
+        count(prompts, "prompts")
+        ids = [self._ids(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+        for i, prompt in enumerate(ids):
+            check_depth(f"prompts[{i}]", len(prompt), 0, self.max_depth)
+        heads = [prompt[:-1] for prompt in ids if len(prompt) > 1]
         rows: list[KeysValues] = []
         if heads:
             _, cache, mask, _ = prefill(self.model, heads, self.pad_id, self.device, keep_all=True)
@@ -138,44 +143,63 @@ class Sampler:
                 raise ValueError(f"model: {type(unwrap(self.model)).__name__} does not keep one key per token")
             for r, real in enumerate(mask.bool()):
                 rows.append([(layer.keys[r][:, real], layer.values[r][:, real]) for layer in cache.layers])
-        parent, at = -1, shared_length(prompts)
+        parent, at = -1, shared_length(ids)
         if at:
-            parent = self._add(Node(-1, 0, f"{self._started}-", tokens=prompts[0][:at], kv=_cut(rows[0], 0, at)))
+            parent = self._add(Node(-1, 0, f"{self._started}-", tokens=ids[0][:at], kv=_cut(rows[0], 0, at)))
         first = len(self.nodes)
         held = iter(rows)
-        for prompt in prompts:
+        for prompt in ids:
             kv = _cut(next(held), max(at - 1, 0), len(prompt) - 1) if len(prompt) > 1 else []
             self._add(Node(parent, at, str(self._started), tokens=prompt[at:], kv=kv))
             self._started += 1
         return list(range(first, len(self.nodes)))
 
     @torch.no_grad()
-    def branch(self, node: int, n: int = 1, at: int | None = None) -> list[int]:
+    def extend(self, node: int, tokens: Tokens, at: int | None = None) -> int:
+        """A node for `tokens` that are read after the first `at` tokens of a sequence (None: all), and not sampled.
+
+        A tool's answer, a forced beginning, the question of a probe: `branch` goes on from it as from a prompt. Also a
+        sampled end token may be the last of the prefix. Raises ValueError as `branch` and for bad tokens.
+        """
+        asked, owner, at, path = self._place(node, at)
+        own = self._ids(tokens, "tokens")
+        check_depth("tokens", at + len(own), 0, self.max_depth)
+        cache = _empty_cache()
+        for index, (keys, values) in enumerate(self._prefix(owner, at - 1)):
+            cache.update(keys[None], values[None], index)
+        self.model(
+            torch.tensor([[path[at - 1], *own[:-1]]], device=self.device),
+            position_ids=torch.arange(at - 1, at - 1 + len(own), device=self.device)[None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        kv = _cut([(layer.keys[0], layer.values[0]) for layer in cache.layers], at - 1, at - 1 + len(own))
+        return self._add(Node(owner, at, self._name(asked, f"{at}+"), tokens=own, kv=kv))
+
+    @torch.no_grad()
+    def branch(
+        self, node: int, n: int = 1, at: int | None = None, max_new_tokens: int | None = None
+    ) -> list[int]:
         """n new sequences that go on after the first `at` tokens of a sequence, its prompt's included (None: all).
 
-        The sequence may be a prompt, run or have ended. Raises ValueError for what is not one of its prefixes, for a
-        sampled end token as the last of them, and where the new sequences could get longer than rotary frequencies
-        allow that depend on the longest sequence.
+        The sequence may be a prompt, run or have ended. max_new_tokens: of each new sequence; None: the sampler's.
+        Raises ValueError for what is not one of its prefixes, for a sampled end token as the last of them, and where
+        the new sequences could get longer than rotary frequencies allow that depend on the longest sequence.
         """
-        self._check_node("node", node)
-        if not is_int(n) or n < 1:
-            raise ValueError(f"n: expected an int of at least 1, got {n!r}")
-        path, asked = self.path(node), self.nodes[node]
-        at = len(path) if at is None else at
-        if not is_int(at) or not 1 <= at <= len(path):
-            raise ValueError(f"at: expected 1 to {len(path)}, the tokens of node {node}, got {at!r}")
-        self._check_depth("at", at)
-        while at <= self.nodes[node].at:
-            node = self.nodes[node].parent
-        if path[at - 1] == self.eos_id and self.nodes[node].limit:
+        limit = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        _check_positive("n", n)
+        _check_positive("max_new_tokens", limit)
+        asked, owner, at, path = self._place(node, at)
+        check_depth("at", at, limit, self.max_depth)
+        if path[at - 1] == self.eos_id and self.nodes[owner].limit:
             raise ValueError(f"at: expected a prefix that goes on; the last of the {at} tokens is the end token")
         new = []
-        for ordinal in range(asked.branches[at], asked.branches[at] + n):
-            name = f"{asked.name}/{at}.{ordinal}"
-            uniform = torch.rand(self.max_new_tokens, generator=generator(self.seed, "branch", name)).tolist()
-            new.append(self._add(Node(node, at, name, self.max_new_tokens, uniform, running=True)))
-        asked.branches[at] += n
-        self._wait(node, at, path[at - 1], new)
+        for _ in range(n):
+            name = self._name(asked, f"{at}.")
+            uniform = torch.rand(limit, generator=generator(self.seed, "branch", name)).tolist()
+            new.append(self._add(Node(owner, at, name, limit, uniform, running=True)))
+        self._wait(owner, at, path[at - 1], new)
         return new
 
     @torch.no_grad()
@@ -247,12 +271,27 @@ class Sampler:
         if not is_int(node) or not 0 <= node < len(self.nodes):
             raise ValueError(f"{name}: expected one of {len(self.nodes)} nodes, got {node!r}")
 
-    def _check_depth(self, name: str, length: int) -> None:
-        if self.max_depth is not None and length + self.max_new_tokens > self.max_depth:
-            raise ValueError(
-                f"{name}: expected at most {self.max_depth} tokens with the {self.max_new_tokens} that may follow, "
-                f"got {length}: beyond that this model's rotary frequencies depend on the longest sequence that runs"
-            )
+    def _ids(self, tokens: Tokens, name: str) -> list[int]:
+        ids: list[int] = token_ids(tokens, name).tolist()
+        if not ids:
+            raise ValueError(f"{name}: expected at least one token, got none")
+        if not 0 <= min(ids) <= max(ids) < self.vocabulary:
+            raise ValueError(f"{name}: expected ids below {self.vocabulary}, got {min(ids)} to {max(ids)}")
+        return ids
+
+    def _place(self, node: int, at: int | None) -> tuple[Node, int, int, list[int]]:
+        """The sequence asked for, the one that the last of its first `at` tokens belongs to, `at`, and its path."""
+        path, asked = self.path(node), self.nodes[node]
+        at = len(path) if at is None else at
+        if not is_int(at) or not 1 <= at <= len(path):
+            raise ValueError(f"at: expected 1 to {len(path)}, the tokens of node {node}, got {at!r}")
+        while at <= self.nodes[node].at:
+            node = self.nodes[node].parent
+        return asked, node, at, path
+
+    def _name(self, asked: Node, place: str) -> str:
+        asked.branches[place] += 1
+        return f"{asked.name}/{place}{asked.branches[place] - 1}"
 
     def _wait(self, node: int, at: int, last: int, new: list[int]) -> None:
         """Puts new sequences where their prefix is about to pass through the model, or makes a row for them."""
@@ -277,10 +316,9 @@ class Sampler:
         begin = max(it.at - 1, 0) - self._rows[row].cached + self._width()
         return [(layer.keys[row, :, begin:], layer.values[row, :, begin:]) for layer in self._cache.layers]
 
-    def _prefix(self, row: _Row) -> KeysValues:
-        """Keys and values [heads, row.cached, head size] of a row that joins, gathered along its path."""
+    def _prefix(self, node: int, end: int) -> KeysValues:
+        """Keys and values [heads, end, head size] of the first tokens of a sequence, gathered along its path."""
         pieces: list[KeysValues] = []
-        node, end = self.nodes[row.nodes[0]].parent, row.cached
         while end > 0:
             begin = max(self.nodes[node].at - 1, 0)
             if begin < end:
@@ -294,7 +332,7 @@ class Sampler:
         if not self._joining:
             return
         before, width = self._width(), max(row.cached for row in (*self._rows, *self._joining))
-        prefixes = [self._prefix(row) for row in self._joining]
+        prefixes = [self._prefix(self.nodes[row.nodes[0]].parent, row.cached) for row in self._joining]
         known = next((kv for kv in prefixes if kv), [(x.keys[0], x.values[0]) for x in self._cache.layers])
         cache = _empty_cache()
         for index, sample in enumerate(known if width else []):
@@ -345,6 +383,11 @@ def _cut(kv: KeysValues, begin: int, end: int, copy: bool = True) -> KeysValues:
     """Tokens begin:end; a copy does not keep the whole alive."""
     parts = [(k[:, begin:end], v[:, begin:end]) for k, v in kv]
     return [(k.clone(), v.clone()) for k, v in parts] if copy else parts
+
+
+def _check_positive(name: str, got: int) -> None:
+    if not is_int(got) or got < 1:
+        raise ValueError(f"{name}: expected a positive int, got {got!r}")
 
 
 def _empty_cache() -> Any:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from decoder_cases import build
 from safetensors.torch import load_file, save_file
 
-from rlcore.engine.config import RolloutConfig
+from rlcore.engine.config import RolloutConfig, TaskConfig
 from rlcore.engine.errors import UserError
 from rlcore.engine.model import check_causal, load, load_or_make
 from rlcore.engine.rollout import roll_out
@@ -188,3 +189,18 @@ def test_more_tokens_than_embeddings(tiny, small, stored):
     tokenizer.add_tokens(["<another>"])
     with pytest.raises(UserError, match=r"100 tokens.*99"):
         check_fit(small[0], tokenizer, small[2], 8)
+
+
+def test_rotary_frequencies_that_depend_on_the_batch_end_the_context(small):
+    """LongRoPE switches tables where the model was first trained to, dynamic scaling begins at the context."""
+    from rlcore.engine.model import check_fit
+    from rlcore.engine.tasks import Task
+
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    lengths = {"max_position_embeddings": 256, "original_max_position_embeddings": 16}
+    model = build("Phi3", vocab_size=99, rope_parameters=rope, **lengths)
+    task = Task(TaskConfig(pool=2000, held_out=10))
+    with pytest.raises(UserError, match="the model's context is 16;"):
+        check_fit(model, small[1], task, 12)
+    check_fit(build("Phi3", vocab_size=99, max_position_embeddings=256), small[1], task, 12)

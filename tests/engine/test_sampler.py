@@ -193,3 +193,16 @@ def test_truncated_sampling_reports_both_log_probs(small):
             assert token in best.indices.tolist()
             assert abs(float(out.behaviour_logp[row, t] - (logp[t, token] - best.values.logsumexp(0)))) < 3e-5
             assert abs(float(out.model_logp[row, t] - logp[t, token])) < 3e-5
+
+
+def test_refuses_depths_at_which_rows_depend_on_each_other():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = build("Llama", rope_parameters=rope, max_position_embeddings=12).eval()
+    options = {"eos_id": 2, "pad_id": 0, "generator": generator(0)}
+    with pytest.raises(ValueError, match=r"prompts\[1\]: expected at most 12 tokens .*, got 7 \+ 6: .* rotary"):
+        sample(model, [[5], [5] * 7], 2, max_new_tokens=6, **options)
+    out = sample(model, [[5], [5] * 7], 2, max_new_tokens=5, **options)
+    for row, length in enumerate(out.lengths.tolist()):
+        answer = out.ids[row, :length].tolist()
+        expected = full_forward(model, [[5], [5] * 7][row // 2], answer).gather(1, torch.tensor(answer)[:, None])[:, 0]
+        torch.testing.assert_close(out.model_logp[row, :length], expected, atol=2e-5, rtol=0)

@@ -204,6 +204,71 @@ def test_answers_do_not_depend_on_what_else_runs(model):
     assert len({tuple(tokens) for tokens in answers(alone, expected)}) > 1
 
 
+@pytest.mark.parametrize("name", ["Qwen3", "Mistral", "GptOss"])
+def test_what_is_read_after_a_prefix(name):
+    """Tokens after a prompt, inside of it, after one that runs and one that ended: log-probs of a fresh pass."""
+    model = model_of(name)
+    tree = sampler(model, length=7)
+    starts = tree.start([torch.tensor(prompt) for prompt in PROMPTS])
+    children = tree.branch(starts[0], 20)
+    for _ in range(2):
+        tree.step()
+    running = next(i for i in children if tree.nodes[i].running)
+    read = [tree.extend(starts[3], [30, 31]), tree.extend(starts[1], [30, 31, 32], at=1)]
+    read += [tree.extend(running, [33]), tree.extend(running, [34, 35, 36, 37, 38], at=len(PROMPTS[0]) + 1)]
+    sampled = [i for node in read for i in tree.branch(node, 2)]
+    tree.run()
+    ended = next(i for i in children if tree.nodes[i].tokens[-1] == EOS)
+    read.append(tree.extend(ended, [8, 9]))  # a turn behind the end token
+    read.append(tree.extend(read[-1], [10]))
+    sampled += tree.branch(read[-1], 3) + tree.branch(read[-1], 1, at=len(tree.path(ended)) + 1)
+    tree.run()
+    for node in (*sampled, *children):
+        check_logp(model, tree, node)
+    assert tree.path(read[1]) == [5, 30, 31, 32] and tree.path(read[-1]) == [*tree.path(ended), 8, 9, 10]
+    table = tree.table()
+    packed = rl.PrefixTree.from_nodes(*table, share=True)
+    for s, node in enumerate(i for i, it in enumerate(tree.nodes) if it.limit):
+        own = packed.target[int(packed.offsets[s]) : int(packed.offsets[s + 1])].tolist()
+        parts = lineage(tree, node)[::-1]
+        ends = [tree.nodes[after].at for after in parts[1:]] + [len(tree.path(node))]
+        taken = [range(tree.nodes[i].at, end) for i, end in zip(parts, ends, strict=True) if tree.nodes[i].limit]
+        assert own == [tree.path(node)[t] for part in taken for t in part], "what was read is no prediction"
+
+
+def test_what_is_read_passes_once_and_holds_its_own_keys(model):
+    tree = sampler(model)
+    start = tree.start([PROMPTS[0]])[0]
+    with Passed(model) as passed:
+        read = tree.extend(start, [30, 31, 32])
+        assert passed.shapes == [(1, 3)], "the prompt's last token, and all but the last that are read"
+        passed.shapes.clear()
+        tree.branch(read, 4)
+        tree.step()
+        assert passed.shapes == [(1, 1)]
+    keys = tree.nodes[read].kv[0][0]
+    assert keys.shape[1] == 3 and keys.untyped_storage().nbytes() == keys.numel() * 4
+
+
+def test_every_branch_may_have_a_length_of_its_own(model):
+    """The tokens that both have are the same: a number belongs to a place, not to a length."""
+    found = []
+    for lengths in ((3, 11), (11, 3), (None, None)):
+        tree = sampler(model, length=8)
+        start = tree.start([[5]])[0]
+        nodes = [i for length in lengths for i in tree.branch(start, 6, max_new_tokens=length)]
+        tree.run()
+        found.append(answers(tree, nodes))
+        for i, node in enumerate(nodes):
+            most = lengths[i // 6] or 8
+            tokens = tree.nodes[node].tokens
+            assert len(tokens) == most or (len(tokens) < most and tokens[-1] == EOS)
+    assert {len(tokens) for tokens in found[0]} & {9, 10, 11}
+    for rows in zip(*found, strict=True):
+        least = min(map(len, rows))
+        assert len({tuple(tokens[:least]) for tokens in rows}) == 1
+
+
 def test_same_distribution_as_sample(model):
     """With the numbers of `sample` in place of its own, the same answers and log-probs."""
     drawn = sample(model, PROMPTS, 3, max_new_tokens=6, eos_id=EOS, pad_id=0, generator=generator(4), top_k=9)
@@ -252,10 +317,32 @@ def test_bad_input(model):
         ({"node": node, "at": 3}, "at: expected 1 to 2, the tokens of node 0, got 3"),
         ({"node": node, "at": 0}, "at: expected 1 to 2"),
         ({"node": node, "at": 1.5}, "at: expected 1 to 2, the tokens of node 0, got 1.5"),
-        ({"node": node, "n": 0}, "n: expected an int of at least 1, got 0"),
+        ({"node": node, "n": 0}, "n: expected a positive int, got 0"),
+        ({"node": node, "max_new_tokens": 0}, "max_new_tokens: expected a positive int, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             tree.branch(**arguments)
+    for arguments, message in (
+        ((node, []), "tokens: expected at least one token, got none"),
+        ((node, [1, 40]), "tokens: expected ids below 40, got 1 to 40"),
+        ((node, 3), "tokens: expected a list of token ids"),
+        ((node, [1], 3), "at: expected 1 to 2, the tokens of node 0, got 3"),
+        ((9, [1]), "node: expected one of 1 nodes, got 9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tree.extend(*arguments)
+    for prompts, message in (
+        ([1, 2], r"prompts\[0\]: expected a list of token ids"),
+        ([[1], [-1]], r"prompts\[1\]: expected ids below 40, got -1 to -1"),
+        (torch.rand(1, 2), r"prompts\[0\]: expected a list of token ids, got 1 dimensions of float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tree.start(prompts)
+    with pytest.raises(TypeError, match="prompts: expected a list, got 5"):
+        tree.start(5)
+    with pytest.raises(ValueError, match="node: expected one of 1 nodes, got 99"):
+        tree.path(99)
+    assert len(tree.nodes) == 1 and tree.start([]) == []
     with pytest.raises(ValueError, match=r"sequences\[0\]: expected one of 1 nodes, got -1"):
         tree.table([-1])
     for setting, value in (("temperature", 0.0), ("top_k", -1), ("top_p", 0.0), ("length", 0)):
@@ -283,11 +370,15 @@ def test_refuses_layers_that_keep_no_keys():
 def test_refuses_depths_at_which_sequences_depend_on_each_other():
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     tree = sampler(build("Llama", rope_parameters=rope, max_position_embeddings=12).eval())
-    with pytest.raises(ValueError, match=r"prompts\[1\]: expected at most 12 tokens with the 6 that may follow, got 7"):
-        tree.start([[5], [5, 6, 7, 8, 9, 10, 11]])
+    with pytest.raises(ValueError, match=r"prompts\[1\]: expected at most 12 tokens .*, got 13 \+ 0"):
+        tree.start([[5], [7] * 13])
     node = tree.branch(tree.start([[5, 6, 7, 8, 9, 10]])[0])[0]
     tree.step()
-    with pytest.raises(ValueError, match="at: expected at most 12 tokens"):
+    with pytest.raises(ValueError, match=r"at: expected at most 12 tokens with those that may follow, got 7 \+ 6"):
         tree.branch(node)
+    with pytest.raises(ValueError, match=r"tokens: expected at most 12 tokens .*, got 13 \+ 0"):
+        tree.extend(node, [5] * 6)
+    short = tree.branch(tree.extend(node, [5]), max_new_tokens=4)[0]
     tree.run()
     check_logp(tree.model, tree, node)
+    check_logp(tree.model, tree, short)
