@@ -1,5 +1,6 @@
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -34,10 +35,11 @@ void expect(bool holds, const char* message) {
     if (!holds) throw std::invalid_argument(message);
 }
 
-// Checks that the nodes are runs in depth-first order that cover the rows, and cuts each into tiles.
+// Checks that the nodes are runs in depth-first order that cover the rows, and cuts each into tiles. `read` [rows] says
+// with 1 whose results anybody reads, 0 for all; a tile in which nobody does is left out.
 Problem problem_of(std::uintptr_t node_table, std::int64_t nodes, std::int64_t rows, const View& q, const View& k,
                    const View& v, std::int64_t query_heads, std::int64_t key_heads, std::int64_t size, float scale,
-                   std::int64_t window, float softcap, std::uintptr_t sink) {
+                   std::int64_t window, float softcap, std::uintptr_t sink, std::uintptr_t read) {
     expect(rows >= 0 && rows < INT32_MAX && nodes >= 0, "rows: expected 0 to 2^31 - 2");
     expect(key_heads > 0 && query_heads > 0 && query_heads % key_heads == 0 && size > 0,
            "heads: expected key heads that divide the query heads, and a size of at least 1");
@@ -58,7 +60,9 @@ Problem problem_of(std::uintptr_t node_table, std::int64_t nodes, std::int64_t r
                  rows,
                  {},
                  {}};
+    const auto* mask = pointer<const std::uint8_t>(read, "read", true);
     const std::int64_t lanes = RLCORE_CALL(attention_needs, p.attention, false).lanes;
+    const std::int64_t ratio = query_heads / key_heads;
     std::vector<std::int64_t> depth(static_cast<std::size_t>(nodes));
     std::int64_t covered = 0;
     for (std::int64_t n = 0; n < nodes; ++n) {
@@ -73,9 +77,13 @@ Problem problem_of(std::uintptr_t node_table, std::int64_t nodes, std::int64_t r
         }
         const auto tiles = static_cast<std::int64_t>(p.tiles.size());
         if (node.parent < 0) p.trees.push_back({tiles, tiles});
-        const std::int64_t queries = (node.stop - node.start) * (query_heads / key_heads);
+        const std::int64_t queries = (node.stop - node.start) * ratio;
         for (std::int64_t first = 0; first < queries; first += lanes) {
-            p.tiles.push_back({n, first, first + lanes < queries ? first + lanes : queries});
+            const std::int64_t last = first + lanes < queries ? first + lanes : queries;
+            const std::uint8_t* reads = mask == nullptr ? nullptr : mask + node.start;
+            if (reads == nullptr || std::count(reads + first / ratio, reads + (last - 1) / ratio + 1, 1) > 0) {
+                p.tiles.push_back({n, first, last});
+            }
         }
         p.trees.back().last = static_cast<std::int64_t>(p.tiles.size());
     }
@@ -102,10 +110,10 @@ Scratch scratch_of(const Problem& p, bool backward, int threads) {
 
 void forward(std::uintptr_t node_table, std::int64_t nodes, std::int64_t rows, const View& q, const View& k,
              const View& v, std::int64_t query_heads, std::int64_t key_heads, std::int64_t size, float scale,
-             std::int64_t window, float softcap, std::uintptr_t sink, std::uintptr_t o, std::uintptr_t lse,
-             int threads) {
+             std::int64_t window, float softcap, std::uintptr_t sink, std::uintptr_t read, std::uintptr_t o,
+             std::uintptr_t lse, int threads) {
     const Problem p =
-        problem_of(node_table, nodes, rows, q, k, v, query_heads, key_heads, size, scale, window, softcap, sink);
+        problem_of(node_table, nodes, rows, q, k, v, query_heads, key_heads, size, scale, window, softcap, sink, read);
     const auto scratch = scratch_of(p, false, threads);
     RLCORE_CALL(attention_forward, p.attention, p.tiles.data(), static_cast<std::int64_t>(p.tiles.size()), scratch.data,
                 pointer<float>(o, "o", rows == 0), pointer<float>(lse, "lse", rows == 0), threads);
@@ -113,11 +121,12 @@ void forward(std::uintptr_t node_table, std::int64_t nodes, std::int64_t rows, c
 
 void backward(std::uintptr_t node_table, std::int64_t nodes, std::int64_t rows, const View& q, const View& k,
               const View& v, std::int64_t query_heads, std::int64_t key_heads, std::int64_t size, float scale,
-              std::int64_t window, float softcap, const View& dout, const View& o, std::uintptr_t lse,
-              std::int64_t slices, std::uintptr_t dq, std::uintptr_t dk, std::uintptr_t dv, int threads) {
+              std::int64_t window, float softcap, std::uintptr_t read, const View& dout, const View& o,
+              std::uintptr_t lse, std::int64_t slices, std::uintptr_t dq, std::uintptr_t dk, std::uintptr_t dv,
+              int threads) {
     expect(slices >= 1, "slices: expected at least 1");
     const Problem p =
-        problem_of(node_table, nodes, rows, q, k, v, query_heads, key_heads, size, scale, window, softcap, 0);
+        problem_of(node_table, nodes, rows, q, k, v, query_heads, key_heads, size, scale, window, softcap, 0, read);
     const auto scratch = scratch_of(p, true, threads);
     const bool none = rows == 0;
     RLCORE_CALL(attention_backward, p.attention, p.tiles.data(), p.trees.data(),
@@ -131,7 +140,9 @@ void backward(std::uintptr_t node_table, std::int64_t nodes, std::int64_t rows, 
 
 void bind_prefix_attention(py::module_& m) {
     m.def("prefix_attention_forward", &forward, py::call_guard<py::gil_scoped_release>(),
-          "Attention over a packed forest in float32; see csrc/cpu/prefix_attention.h. Strides in elements.");
+          "Attention over a packed forest in float32; see csrc/cpu/prefix_attention.h. Strides in elements. "
+          "Tiles without a row of `read` leave o and lse as they are.");
     m.def("prefix_attention_backward", &backward, py::call_guard<py::gil_scoped_release>(),
-          "dq, dk and dv (zeroed by the caller) of prefix_attention_forward.");
+          "dq, dk and dv (dk and dv zeroed by the caller) of prefix_attention_forward. Tiles without a row of `read` "
+          "leave dq as it is.");
 }

@@ -41,6 +41,16 @@ class TreeStats(NamedTuple):
     shared: bool
 
 
+class Reads(NamedTuple):
+    """Rows that are read, each once: rows [n] ascending, and at [N] the place among them of every read."""
+
+    rows: Tensor
+    at: Tensor
+
+    def to(self, device: torch.device | str) -> Reads:
+        return Reads(self.rows.to(device), self.at.to(device))
+
+
 @dataclass(frozen=True, eq=False)
 class PrefixTree:
     """A forest of token paths packed depth first, so that the descendants of every token are contiguous.
@@ -51,6 +61,7 @@ class PrefixTree:
     row i attends to row j  iff  j <= i < end[j].
     target [N] the predicted tokens in path order; offsets [S+1] as in TokenBatch; loss_rows [N] the packed row that
     predicts target[n]; last_rows [S] the packed row of a path's last token; group [S] the group (or tree) of a path.
+    loss_reads, last_reads: loss_rows and last_rows, each row once.
     node_table [K, 4] (start, stop, end, parent) of the unbranched runs; it stays on the host.
     depth: the longest path, in tokens.
     if_shared: what sharing would save, in a tree whose paths are kept apart.
@@ -63,6 +74,8 @@ class PrefixTree:
     offsets: Tensor
     loss_rows: Tensor
     last_rows: Tensor
+    loss_reads: Reads
+    last_reads: Reads
     group: Tensor
     node_table: Tensor
     depth: int
@@ -203,7 +216,8 @@ class PrefixTree:
 
     def to(self, device: torch.device | str) -> PrefixTree:
         """The same tree with its index tensors on `device`; the node table stays on the host."""
-        moved = ("input_ids", "position", "end", "target", "offsets", "loss_rows", "last_rows", "group")
+        moved = ("input_ids", "position", "end", "target", "offsets", "loss_rows", "last_rows", "group",
+                 "loss_reads", "last_reads")  # fmt: skip
         return replace(self, **{name: getattr(self, name).to(device) for name in moved})
 
     def unshared(self) -> PrefixTree:
@@ -278,6 +292,8 @@ def _tree(packed: build.Packed, group: Sequence[int] | np.ndarray) -> PrefixTree
         offsets=tensor(np.r_[0, np.cumsum(packed.counts)]),
         loss_rows=tensor(packed.loss_rows),
         last_rows=tensor(packed.last_rows),
+        loss_reads=Reads(*map(tensor, build.distinct(packed.loss_rows, len(packed.end)))),
+        last_reads=Reads(*map(tensor, build.distinct(packed.last_rows, len(packed.end)))),
         group=tensor(group),
         node_table=tensor(build.node_table(packed.end)),
         depth=int(packed.position.max()) + 1,

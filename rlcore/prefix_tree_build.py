@@ -172,6 +172,13 @@ def rows_to(row: int, table: np.ndarray) -> np.ndarray:
     return np.concatenate(parts[::-1])
 
 
+def distinct(rows: np.ndarray, M: int) -> tuple[np.ndarray, np.ndarray]:
+    """(the distinct values among `rows`, ascending; the place of each of `rows` among them), of M possible ones."""
+    found = np.zeros(M, dtype=np.bool_)
+    found[rows] = True
+    return np.flatnonzero(found), (np.cumsum(found) - 1)[rows]
+
+
 def ranges(starts: np.ndarray | int, lengths: np.ndarray) -> np.ndarray:
     """starts[s], starts[s] + 1, ... (lengths[s] of them) for every s, one after the other."""
     shift = starts - (np.cumsum(lengths) - lengths)

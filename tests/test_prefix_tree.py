@@ -109,6 +109,7 @@ def test_worked_example():
     assert tree.target.tolist() == [1, 2, 3, 4]
     assert tree.offsets.tolist() == [0, 2, 2, 3, 4]
     assert tree.loss_rows.tolist() == [1, 2, 1, 5]
+    assert [x.tolist() for x in tree.loss_reads] == [[1, 2, 5], [0, 1, 0, 2]]
     assert tree.last_rows.tolist() == [3, 1, 4, 6]
     assert tree.group.tolist() == [0, 0, 0, 1]
     assert tree.nodes == ((0, 2, 4, 5), (2, 4, 5, 7), (-1, 0, 0, -1))
@@ -158,6 +159,7 @@ def test_tokens_may_be_tensors_or_arrays():
 def test_to_moves_index_tensors_and_keeps_the_host_table():
     tree = PrefixTree.from_groups([[1, 2]], [[[3], [4]]]).to("meta")
     assert tree.device.type == tree.end.device.type == tree.loss_rows.device.type == "meta"
+    assert all(x.device.type == "meta" for x in (*tree.loss_reads, *tree.last_reads))
     assert tree.node_table.device.type == "cpu"
 
 

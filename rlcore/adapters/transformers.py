@@ -22,6 +22,12 @@ from rlcore.prefix_tree import PrefixTree
 
 PREFIX = "rlcore_"
 TREE = "prefix_tree"
+ROWS = "prefix_rows"
+LAST = "_rlcore_last"  # marks the attention module of a decoder's last layer
+# The last layer computes the rows that are read alone, unless they are more than this share of all. CPU time of a step
+# of one layer of 256 (Qwen3), all rows over rows that are read: 0.97 where 99 % are read, 0.98 at 94 %, 1.03 at 88 %,
+# 1.07 at 80 %, 1.25 at 66 %.
+NARROW_UP_TO = 0.9
 # What decoders may hand their attention and what changes its result in ways that prefix_attention does not know.
 FOREIGN = ("position_bias", "head_mask", "block_mask", "cu_seq_lens_q", "cache")
 EXACT_LAYERS = {"full_attention", "sliding_attention", "attention"}
@@ -47,12 +53,13 @@ class Head(NamedTuple):
 class Attachment:
     """What the probe found out about a model. Trees deeper than `max_depth` would change its rotary frequencies.
 
-    `logit_scale` is None where there is no vocabulary head.
+    `logit_scale` is None where there is no vocabulary head. narrows: the last layer can leave out rows.
     """
 
     softcap: float | None
     logit_scale: float | None
     max_depth: int | None
+    narrows: bool
 
 
 def attach(model: Any) -> Any:
@@ -88,7 +95,8 @@ def trunk(model: Any, tree: PrefixTree, rows: Literal["loss", "last", "all"] = "
     """Hidden states of the decoder. Every packed token passes through the model once.
 
     rows: "loss", at the rows that predict, [N, H], aligned with tree.target (the last row of a prompt is gathered once
-    per response); "last", at the last token of every path, [S, H]; "all", of all packed rows, [M, H].
+    per response); "last", at the last token of every path, [S, H]; "all", of all packed rows, [M, H]. After its keys
+    and values the last layer computes only the rows that are asked for.
     Raises ValueError for a model that is not attached, a tree on another device, or one deeper than the model's
     rotary embedding allows.
     """
@@ -104,10 +112,12 @@ def trunk(model: Any, tree: PrefixTree, rows: Literal["loss", "last", "all"] = "
             f"tree: expected paths of at most {state.max_depth} tokens, got {tree.depth}: beyond that this model's "
             "rotary frequencies depend on the longest path in the tree"
         )
-    hidden = tree_hidden(inner, tree)
     if rows == "all":
-        return hidden
-    return hidden.index_select(0, tree.loss_rows if rows == "loss" else tree.last_rows)
+        return tree_hidden(inner, tree)
+    reads = tree.loss_reads if rows == "loss" else tree.last_reads
+    if state.narrows and 0 < reads.rows.shape[0] <= NARROW_UP_TO * tree.M:
+        return tree_hidden(inner, tree, reads.rows).index_select(0, reads.at)
+    return tree_hidden(inner, tree).index_select(0, tree.loss_rows if rows == "loss" else tree.last_rows)
 
 
 def head(model: Any) -> Head:
@@ -123,15 +133,15 @@ def head(model: Any) -> Head:
     return Head(output.weight, getattr(output, "bias", None), state.softcap, state.logit_scale)
 
 
-def tree_hidden(inner: Any, tree: PrefixTree) -> Tensor:
-    """The decoder's last hidden states of all packed rows [M, H]."""
+def tree_hidden(inner: Any, tree: PrefixTree, rows: Tensor | None = None) -> Tensor:
+    """The decoder's last hidden states of all packed rows [M, H], or of distinct `rows` [n, H]."""
     output = decoder(inner)(
         input_ids=tree.input_ids[None],
         position_ids=tree.position[None],
         # A mask with four dimensions is passed on untouched, so none of M x M is built; the tree says what it would.
         attention_mask=torch.zeros(1, 1, 1, 1, device=tree.device, dtype=inner.dtype),
         use_cache=False,
-        **{TREE: tree},
+        **{TREE: tree, ROWS: rows},
     )
     return output.last_hidden_state[0]
 
@@ -249,10 +259,11 @@ def _implementation(name: str) -> Callable[..., Any]:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        tree = kwargs.pop(TREE, None)
+        tree, rows = kwargs.pop(TREE, None), kwargs.pop(ROWS, None)
         if tree is None:
             return _delegate(type(module), name)(module, query, key, value, attention_mask, *args, **kwargs)
-        return _tree_attention(module, query, key, value, tree, **kwargs), None
+        rows = rows if getattr(module, LAST, False) else None
+        return _tree_attention(module, query, key, value, tree, rows=rows, **kwargs), None
 
     return attention
 
@@ -268,6 +279,7 @@ def _tree_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    rows: Tensor | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> Tensor:
@@ -284,7 +296,7 @@ def _tree_attention(
     if query.shape[0] != 1:
         raise ValueError(f"prefix_tree: expected one packed tree, input_ids [1, {tree.M}]; got {query.shape[0]} rows")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return prefix_attention(q, k, v, tree, scaling, sliding_window, softcap, s_aux)[None]
+    return prefix_attention(q, k, v, tree, scaling, sliding_window, softcap, s_aux, rows)[None]
 
 
 @contextmanager

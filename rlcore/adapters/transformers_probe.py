@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rlcore.adapters import transformers as adapter
+from rlcore.adapters import transformers_last_layer as last_layer
 from rlcore.adapters.transformers import AttachError, Attachment, Head
 from rlcore.prefix_tree import PrefixTree
 
@@ -62,10 +63,12 @@ def verify(model: Any) -> Attachment:
         reason = ""
         # A second try, because a mixture-of-experts router may sit on a tie in the first.
         for seed in (0, 1):
-            reason = _compare(model, inner, head, seed, exact)
+            case = _case(model, inner, head, seed, exact)
+            reason = _difference(model, inner, head, case, exact)
             if not reason:
                 softcap, scale = (head.softcap, head.logit_scale) if head else (None, None)
-                return Attachment(softcap, scale, adapter.max_depth(inner))
+                narrows = _narrows(model, inner, head, case, exact)
+                return Attachment(softcap, scale, adapter.max_depth(inner), narrows)
     raise AttachError(f"{name}: {reason}")
 
 
@@ -213,65 +216,99 @@ def _snapped(value: float, inner: Any, tolerance: float) -> float:
     return value
 
 
-def _compare(model: Any, inner: Any, head: Head | None, seed: int, exact: bool) -> str:
-    """The reason why tree and single sequences differ in logits (hidden states, without a head), or nothing."""
+class _Case(NamedTuple):
+    """A forest, and what single sequences give at its predictions: logits [N, V], or hidden states without a head."""
+
+    tree: PrefixTree
+    weights: Tensor
+    parameters: list[nn.Parameter]
+    reference: Tensor
+    gradients: list[Tensor]
+    allowed: float
+
+
+def _case(model: Any, inner: Any, head: Head | None, seed: int, exact: bool) -> _Case:
     embedding = inner.get_input_embeddings().weight
     paths, marker = _paths(seed, embedding.shape[0])
-    tree = PrefixTree.from_paths(paths, share=True, device=embedding.device)
+    # The first rows predict nothing: what the last layer leaves out would show where it was not the last.
+    tree = PrefixTree.from_paths(paths, predict=[3] * len(paths), share=True, device=embedding.device)
     weights = torch.randn(tree.N, generator=torch.Generator().manual_seed(seed)).to(embedding.device)
     parameters = _gradient_parameters(model)
-    what = "hidden states" if head is None else "logits"
-
     _set_training(model, False)
     rows, gradients = [], [torch.zeros_like(p) for p in parameters]
     for s, path in enumerate(paths):
         own = slice(int(tree.offsets[s]), int(tree.offsets[s + 1]))
         ids = torch.tensor([path], device=embedding.device)
         if head is None:
-            z = adapter.decoder(inner)(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+            z = adapter.decoder(inner)(input_ids=ids, use_cache=False).last_hidden_state[0, 2:-1]
         else:
-            z = model(input_ids=ids, use_cache=False).logits[0, :-1]
+            z = model(input_ids=ids, use_cache=False).logits[0, 2:-1]
         rows.append(z.detach())
         for total, g in zip(gradients, _gradient(z, tree.target[own], weights[own], parameters), strict=True):
             total += g
     reference = torch.cat(rows).double()
-
-    def on_tree() -> Tensor:
-        with adapter.witnesses() as seen:
-            hidden = adapter.tree_hidden(inner, tree).index_select(0, tree.loss_rows)
-        layers = getattr(adapter.decoder(inner).config, "num_hidden_layers", 1)
-        if len({id(module) for module in seen}) < layers:
-            raise AttachError(
-                f"{type(inner).__name__}: {len({id(module) for module in seen})} of {layers} layers attend through "
-                "transformers' attention interface with forward arguments; the others (recurrent, or with attention "
-                "written out in the model) can not follow a tree"
-            )
-        if head is None:
-            return hidden
-        z = head.logit_scale * torch.nn.functional.linear(hidden, head.weight, head.bias)
-        return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
-
-    _set_training(model, True)
-    z = on_tree()
-    size, error = _rms(reference), _rms(z.detach().double() - reference)
+    size = _rms(reference)
     # A wrong mask or position gets the context's contribution wrong, and that may be a small part of the logits.
     context = reference[[r for r in range(tree.N) if _input(tree, r) == marker]]
     allowed = min(max(0.01 * _rms(context - context.mean(0)), 1e-5 * size), 1e-4 * size) if exact else 0.05 * size
-    if not error <= allowed:
+    return _Case(tree, weights, parameters, reference, gradients, allowed)
+
+
+def _on_tree(inner: Any, head: Head | None, tree: PrefixTree, narrow: bool) -> Tensor:
+    with adapter.witnesses() as seen:
+        if narrow:
+            hidden = adapter.tree_hidden(inner, tree, tree.loss_reads.rows).index_select(0, tree.loss_reads.at)
+        else:
+            hidden = adapter.tree_hidden(inner, tree).index_select(0, tree.loss_rows)
+    layers = getattr(adapter.decoder(inner).config, "num_hidden_layers", 1)
+    if len({id(module) for module in seen}) < layers:
+        raise AttachError(
+            f"{type(inner).__name__}: {len({id(module) for module in seen})} of {layers} layers attend through "
+            "transformers' attention interface with forward arguments; the others (recurrent, or with attention "
+            "written out in the model) can not follow a tree"
+        )
+    if head is None:
+        return hidden
+    z = head.logit_scale * torch.nn.functional.linear(hidden, head.weight, head.bias)
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+
+def _difference(model: Any, inner: Any, head: Head | None, case: _Case, exact: bool, narrow: bool = False) -> str:
+    """The reason why the tree differs from single sequences in logits (hidden states, without a head), or nothing."""
+    what = "hidden states" if head is None else "logits"
+    _set_training(model, True)
+    z = _on_tree(inner, head, case.tree, narrow)
+    size, error = _rms(case.reference), _rms(z.detach().double() - case.reference)
+    if not error <= case.allowed:
         _set_training(model, False)
-        quiet = _rms(on_tree().detach().double() - reference)
-        if quiet <= allowed:
+        quiet = _rms(_on_tree(inner, head, case.tree, narrow).detach().double() - case.reference)
+        if quiet <= case.allowed:
             return f"training mode changes the {what} by {error / size:.1e}: active dropout{_dropouts(model)}"
         return f"{what} on a tree differ from those of single sequences by {error / size:.1e} of their size"
-    found = _gradient(z, tree.target, weights, parameters)
-    everything = sum(float(g.double().square().sum()) for g in gradients) ** 0.5
+    found = _gradient(z, case.tree.target, case.weights, case.parameters)
+    everything = sum(float(g.double().square().sum()) for g in case.gradients) ** 0.5
     slack = 1.0 if exact else 50.0
-    for parameter, expected, got in zip(parameters, gradients, found, strict=True):
+    for parameter, expected, got in zip(case.parameters, case.gradients, found, strict=True):
         distance, size = float((got - expected).double().norm()), float(expected.double().norm())
         if not distance <= slack * (1e-3 * size + 1e-5 * everything):
             name = next(n for n, p in model.named_parameters() if p is parameter)
             return f"the gradient of {name} on a tree is off that of single sequences by {distance:.1e} of {size:.1e}"
     return ""
+
+
+def _narrows(model: Any, inner: Any, head: Head | None, case: _Case, exact: bool) -> bool:
+    """Hooks the last layer, and takes the hooks off where it can not leave out rows."""
+    hooks = None
+    try:
+        _set_training(model, False)
+        with torch.no_grad():
+            hooks = last_layer.find(adapter.decoder(inner), lambda: adapter.tree_hidden(inner, case.tree))
+        narrows = not _difference(model, inner, head, case, exact, narrow=True)
+    except Exception:  # whatever a layer of another form makes of tensors with fewer rows
+        narrows = False
+    if hooks is not None and not narrows:
+        hooks.remove()
+    return narrows
 
 
 def _paths(seed: int, vocabulary: int) -> tuple[list[list[int]], int]:

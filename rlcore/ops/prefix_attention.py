@@ -30,12 +30,13 @@ def _forward(
     window: int | None,
     softcap: float | None,
     requested: str,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The raw forward pass. `requested` is the backend, "" for the fastest; the backward pass is told the same."""
     if triton.runs(q, requested):
         return triton.forward(q, k, v, end, position, node_table, scale, window, softcap, sink)
     if native.runs(q, requested):
-        return native.forward(q, k, v, node_table, scale, window, softcap, sink)
+        return native.forward(q, k, v, node_table, scale, window, softcap, sink, rows)
     if _composes_on_gpu(q, window, softcap):
         return backend.on_device(varlen.forward)(q, k, v, node_table, scale, sink)
     if _composes(q, window, softcap):
@@ -56,6 +57,7 @@ def _(
     window: int | None,
     softcap: float | None,
     requested: str,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
 
@@ -76,13 +78,14 @@ def _backward(
     window: int | None,
     softcap: float | None,
     requested: str,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if triton.runs(q, requested):
         dq, dk, dv, dsink = triton.backward(
             do, q, k, v, o, lse, end, position, node_table, scale, window, softcap, sink
         )
     elif native.runs(q, requested):
-        dq, dk, dv, dsink = native.backward(do, q, k, v, o, lse, node_table, scale, window, softcap, sink)
+        dq, dk, dv, dsink = native.backward(do, q, k, v, o, lse, node_table, scale, window, softcap, sink, rows)
     elif _composes_on_gpu(q, window, softcap):
         dq, dk, dv, dsink = backend.on_device(varlen.backward)(do, q, k, v, o, lse, node_table, scale, sink)
     elif _composes(q, window, softcap):
@@ -110,6 +113,7 @@ def _(
     window: int | None,
     softcap: float | None,
     requested: str,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dsink = q.new_empty(0) if sink is None else sink.new_empty(sink.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsink
@@ -147,20 +151,21 @@ class _PrefixAttention(torch.autograd.Function):
         window: int | None,
         softcap: float | None,
         requested: str,
+        rows: Tensor | None,
     ) -> Tensor:
-        o, lse = _forward(q, k, v, end, position, node_table, sink, scale, window, softcap, requested)
-        ctx.save_for_backward(q, k, v, o, lse, end, position, node_table, sink)
+        o, lse = _forward(q, k, v, end, position, node_table, sink, scale, window, softcap, requested, rows)
+        ctx.save_for_backward(q, k, v, o, lse, end, position, node_table, sink, rows)
         ctx.options = scale, window, softcap, requested
         return o
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> Any:
-        q, k, v, o, lse, end, position, node_table, sink = ctx.saved_tensors
-        arguments = do, q, k, v, o, lse, end, position, node_table, sink, *ctx.options
+        q, k, v, o, lse, end, position, node_table, sink, rows = ctx.saved_tensors
+        arguments = do, q, k, v, o, lse, end, position, node_table, sink, *ctx.options, rows
         # Where a graph of the backward pass is asked for, its end has to say that there is no second derivative.
         twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         dq, dk, dv, dsink = _Once.apply(*arguments) if twice else _backward(*arguments)
-        return dq, dk, dv, None if sink is None else dsink, None, None, None, None, None, None, None
+        return dq, dk, dv, None if sink is None else dsink, *[None] * 8
 
 
 class _Once(torch.autograd.Function):
@@ -184,6 +189,7 @@ def prefix_attention(
     window: int | None = None,
     softcap: float | None = None,
     sink: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Attention of a packed prefix forest: row i attends to row j iff j <= i < tree.end[j] (own).
 
@@ -195,6 +201,8 @@ def prefix_attention(
     scale defaults to D ** -0.5. On a GPU it runs in Triton, on a CPU in C++; where that is not there or does not take
     the dtype, composed of flash attention calls if there is no window and no softcap (on a GPU in 16 bits); otherwise
     dense in bounded blocks.
+    rows [n]: the rows whose results are read, int64; None for all. The others have no meaning, and their gradient
+    must be zero. In C++ tiles of queries without such a row are left out.
     `backend("reference")` runs the dense reference, which can be differentiated twice.
     Raises ValueError or TypeError naming the argument.
     """
@@ -204,6 +212,8 @@ def prefix_attention(
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check(q, k, v, tree, window, softcap, sink)
+    if rows is not None:
+        _check_rows(rows, tree)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend.requested() == "reference":
         return algorithm.reference(q, k, v, tree.end, tree.position, scale, window, softcap, sink)
@@ -214,7 +224,7 @@ def prefix_attention(
     elif width > D:
         q, k = F.pad(q, (0, width - D)), F.pad(k, (0, width - D))
     options = scale, window, softcap, backend.requested() or ""
-    o = _PrefixAttention.apply(q, k, v, sink, tree.end, tree.position, tree.node_table, *options)
+    o = _PrefixAttention.apply(q, k, v, sink, tree.end, tree.position, tree.node_table, *options, rows)
     return o[..., :width] if width < D else o
 
 
@@ -267,3 +277,16 @@ def _check(
         raise ValueError(f"sink: expected the device of q ({q.device}), got {sink.device}")
     if sink is not None and sink.shape != (q.shape[1],):
         raise ValueError(f"sink: expected one value per query head [{q.shape[1]}], got shape {tuple(sink.shape)}")
+
+
+def _check_rows(rows: Any, tree: PrefixTree) -> None:
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"rows: expected a torch.Tensor, got {type(rows).__name__}")
+    if rows.dtype != torch.int64 or rows.ndim != 1:
+        raise TypeError(f"rows: expected one dimension of int64, got {rows.ndim} of {rows.dtype}")
+    if rows.device != tree.end.device:
+        raise ValueError(f"rows: expected the tree's device ({tree.end.device}), got {rows.device}")
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling() and rows.numel():
+        low, high = rows.aminmax()
+        if low < 0 or high >= tree.M:
+            raise ValueError(f"rows: expected 0 to {tree.M - 1}, got {int(low)} to {int(high)}")

@@ -39,18 +39,24 @@ def forward(
     window: int | None,
     softcap: float | None,
     sink: Tensor | None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(o [M, Hq, D] in q's dtype, lse [M, Hq] float32); shapes as in `algorithms.prefix_attention.blocked_forward`."""
+    """(o [M, Hq, D] in q's dtype, lse [M, Hq] float32); shapes as in `algorithms.prefix_attention.blocked_forward`.
+
+    rows [n]: those that are read. Where a tile of queries holds none of them, o and lse are 0, and dq below.
+    """
     module = backend.native()
     assert module is not None
     dtype = q.dtype
     q, k, v = _wide(q), _wide(k), _wide(v)
     s = None if sink is None else sink.float().contiguous()
-    o, lse = torch.empty(q.shape), torch.empty(q.shape[:2])
+    read = _mask(rows, q)
+    new = torch.empty if read is None else torch.zeros
+    o, lse = new(q.shape), new(q.shape[:2])
     table = node_table.contiguous()
     module.prefix_attention_forward(
-        *_problem(table, q, k, v), scale, window or 0, softcap or 0.0, 0 if s is None else s.data_ptr(), o.data_ptr(),
-        lse.data_ptr(), torch.get_num_threads(),
+        *_problem(table, q, k, v), scale, window or 0, softcap or 0.0, _address(s), _address(read),
+        o.data_ptr(), lse.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return o.to(dtype), lse
 
@@ -67,6 +73,7 @@ def backward(
     window: int | None,
     softcap: float | None,
     sink: Tensor | None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, dsink) in the dtypes of q, k, v and the sink."""
     module = backend.native()
@@ -76,10 +83,12 @@ def backward(
     table = node_table.contiguous()
     trees = int((table[:, 3] < 0).sum())
     slices = -(-_TASKS // (trees * k.shape[1]))
-    dq, dk, dv = torch.empty(q.shape), torch.zeros(slices, *k.shape), torch.zeros(slices, *v.shape)
+    read = _mask(rows, q)
+    dq = (torch.empty if read is None else torch.zeros)(q.shape)
+    dk, dv = torch.zeros(slices, *k.shape), torch.zeros(slices, *v.shape)
     module.prefix_attention_backward(
-        *_problem(table, q, k, v), scale, window or 0, softcap or 0.0, _view(do), _view(o), lse.data_ptr(), slices,
-        dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), torch.get_num_threads(),
+        *_problem(table, q, k, v), scale, window or 0, softcap or 0.0, _address(read), _view(do), _view(o),
+        lse.data_ptr(), slices, dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     dk, dv = (x.sum(0) if slices > 1 else x[0] for x in (dk, dv))
     return dq.to(dtype), dk.to(dtype), dv.to(dtype), sink_gradient(do, o, lse, sink)
@@ -94,6 +103,15 @@ def _problem(table: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, 
     """The tensors as both passes of the extension want them; the caller keeps them alive."""
     M, Hq, D = q.shape
     return table.data_ptr(), table.shape[0], M, _view(q), _view(k), _view(v), Hq, k.shape[1], D
+
+
+def _mask(rows: Tensor | None, q: Tensor) -> Tensor | None:
+    """1 where a row is read; None where all are."""
+    return None if rows is None else torch.zeros(q.shape[0], dtype=torch.uint8).index_fill_(0, rows, 1)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _view(x: Tensor) -> View:

@@ -9,6 +9,7 @@ import torch
 import rlcore as rl
 from rlcore.adapters import transformers_probe as probe
 from rlcore.adapters.transformers import AttachError, attach, head, trunk, unwrap
+from rlcore.adapters.transformers_last_layer import LastLayer
 from rlcore.ops.vocab_head import linear_policy_loss
 from rlcore.prefix_tree import PrefixTree
 
@@ -148,13 +149,17 @@ def test_saved_models_know_nothing_of_it(tmp_path):
     assert torch.equal(again(ids).logits, model.eval()(ids).logits)
 
 
+def _of_the_last_layer(hook):
+    return isinstance(getattr(hook, "__self__", None), LastLayer)
+
+
 def state_of(model):
     return (
         [m.training for m in model.modules()],
         {n: (p.data_ptr(), p.dtype, p.grad is None, p.requires_grad) for n, p in model.named_parameters()},
         {n: (b.clone(), b.data_ptr()) for n, b in model.named_buffers()},
         [dict(vars(c)) for c in probe.adapter.configs(model)],
-        [len(m._forward_hooks) for m in model.modules()],
+        [sum(not _of_the_last_layer(hook) for hook in m._forward_hooks.values()) for m in model.modules()],
         [vars(m).get("sliding_window") for m in model.modules()],
     )
 
@@ -301,6 +306,46 @@ def test_runs_under_autocast():
     assert (hidden - exact).norm() <= 0.05 * exact.norm()
     hidden.float().sum().backward()
     assert all(p.grad is not None for p in model.model.layers.parameters())
+
+
+def widths_of(model, tree, **options):
+    """Rows that every layer's MLP sees while the trunk runs."""
+    seen = []
+    handles = [layer.mlp.act_fn.register_forward_hook(lambda m, a, o: seen.append(o.shape[1]))
+               for layer in unwrap(model).model.layers]  # fmt: skip
+    trunk(model, tree, **options)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def test_the_last_layer_computes_the_rows_that_are_read():
+    """And no fewer under rows="all", without a tree, or where next to all are read."""
+    model = attach(build("Qwen3"))
+    tree = PrefixTree.from_groups([[3] * 20, [4] * 5], [[[5] * 4, [6] * 3], [[7]]])
+    n = len(tree.loss_rows.unique())
+    assert tree.M == 33 and n == 1 + 3 + 2 + 1
+    assert widths_of(model, tree) == [33, 33, n]
+    assert widths_of(model, tree, rows="last") == [33, 33, 3]
+    assert widths_of(model, tree, rows="all") == [33, 33, 33]
+    assert widths_of(model, PrefixTree.from_groups([[3]], [[[4] * 20]])) == [21, 21, 21]
+    seen = []
+    model.model.layers[-1].mlp.act_fn.register_forward_hook(lambda m, a, o: seen.append(o.shape))
+    model(torch.tensor([[3, 4, 5]]))
+    assert seen == [(1, 3, 48)]
+
+
+def test_a_last_layer_that_needs_all_rows_gets_them():
+    """What the MLP gives is added to what only all rows have: with fewer it fails, so the probe leaves them all."""
+    model = build("Qwen3")
+    layer, kept = model.model.layers[-1], {}
+    layer.post_attention_layernorm.register_forward_hook(lambda m, a, o: kept.update(x=o))
+    layer.mlp.register_forward_hook(lambda m, a, o: o + 0.1 * kept["x"])
+    before = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    attach(model)
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == before
+    tree, sequences = flat_groups()
+    torch.testing.assert_close(tree_logits(model, tree), single_logits(model, tree, sequences), rtol=1e-4, atol=1e-4)
 
 
 def test_frozen_and_partly_frozen_models():

@@ -184,6 +184,10 @@ def test_compiles_without_graph_breaks_or_recompilation(compiler):
         (lambda q, k, v: ((q, k, v, TREE), {"window": 0}), ValueError, "window: expected at least 1"),
         (lambda q, k, v: ((q, k, v, TREE), {"softcap": 0.0}), ValueError, "softcap: expected a positive"),
         (lambda q, k, v: ((q, k, v, TREE), {"sink": torch.zeros(2)}), ValueError, "sink: expected one value per"),
+        (lambda q, k, v: ((q, k, v, TREE), {"rows": [0]}), TypeError, "rows: expected a torch.Tensor, got list"),
+        (lambda q, k, v: ((q, k, v, TREE), {"rows": torch.ones(1)}), TypeError, "rows: expected one dimension"),
+        (lambda q, k, v: ((q, k, v, TREE), {"rows": torch.tensor([TREE.M])}), ValueError, "rows: expected 0 to"),
+        (lambda q, k, v: ((q, k, v, TREE), {"rows": TREE.loss_rows.to("meta")}), ValueError, "rows: expected the tree"),
     ],
 )
 def test_errors_name_the_argument(change, error, message):

@@ -191,6 +191,40 @@ def test_threads_do_not_change_the_result(forest, Hkv):
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("forest", FORESTS)
+def test_rows_that_nobody_reads(forest, heads):
+    """At the rows that are read nothing changes, to the bit; elsewhere there is no work, not even on NaN."""
+    tree, _ = FORESTS[forest]
+    q, k, v, do, _ = problem(tree, Hq=heads[0], Hkv=heads[1], sink=False)
+    rows = tree.last_rows.unique()
+    unread = torch.ones(tree.M, dtype=torch.bool)
+    unread[rows] = False
+    do[unread] = 0
+    results = []
+    for read in (None, rows):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        o = rl.prefix_attention(*leaves, tree, rows=read)
+        results.append((o[rows], *torch.autograd.grad(o, leaves, do)))
+    (o, *expected), (found, *gradients) = results
+    assert torch.equal(found, o)
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_tiles_that_nobody_reads_cost_nothing():
+    """A prompt of which only the last row is read: the tiles before are zero, whatever their queries hold."""
+    tree = PrefixTree.from_groups([[1] * 300], [[[2] * 8, [3] * 8]])
+    q, k, v, do, _ = problem(tree, sink=False)
+    do[:299] = 0
+    exact = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = torch.autograd.grad(rl.prefix_attention(*exact, tree), exact, do)
+    q[:200] = float("nan")
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    o = rl.prefix_attention(*leaves, tree, rows=tree.loss_reads.rows)
+    assert (o[:200] == 0).all()
+    torch.testing.assert_close(torch.autograd.grad(o, leaves, do), expected)
+
+
 def test_the_rest_of_the_batch_changes_nothing():
     """A tree's rows are the same whatever else is packed beside it, and NaN in one tree stays there."""
     alone = PrefixTree.from_groups([[1] * 40], [[[2] * 30, [3] * 5, []]])
