@@ -13,7 +13,8 @@
 // Launch: statistics have a block per row, of 512 threads with four 16-byte loads in flight each (two of 16-bit
 // logits): 32 KiB per block, and two blocks or more per processor, above the 20 to 30 KiB per processor that it takes
 // to cover the latency of HBM3 at its bandwidth. The gradient has no sum over a row, so a row is cut into slices of
-// 16,384 columns, a block each: chunks of few rows fill the GPU too.
+// 16,384 columns, a block each: chunks of few rows fill the GPU too. Of fewer bits than the logits it takes the front
+// of each row's own memory, which other slices would still have to read: there a block has a whole row.
 //
 // A thread's columns follow from the column numbers alone, not from where a row lies in memory: the same row gives the
 // same bits in any chunk. Rows that do not begin at a multiple of 16 bytes are loaded by elements in the same order.
@@ -280,32 +281,59 @@ RLCORE_DEVICE float gradient_at(float a, bool is_label, const RowGradient& g) {
     return kCapped ? d * (1.0f - __fmul_rn(t, t)) : d;
 }
 
+// The gradient of one vector of raw logits.
+template <bool kCapped, bool kAligned, typename T, typename U>
+RLCORE_DEVICE void write_vector(const Row<T>& row, U* to, int v, const Vector<T>& values, int label,
+                                const RowGradient& g) {
+    float x[kVector<T>];
+    widen(row, v, values, x);
+    const int at = label - v * kVector<T>;
+    float y = 0.0f;
+    if (at >= 0 && at < kVector<T>) {  // one thread of the row, one time
+#pragma unroll
+        for (int i = 0; i < kVector<T>; ++i) y = i == at ? x[i] : y;
+        y = gradient_at<kCapped>(y, true, g);
+    }
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) x[i] = i == at ? y : gradient_at<kCapped>(x[i], false, g);
+    store_vector<kAligned>(to + v * kVector<T>, x);
+}
+
 template <bool kCapped, bool kAligned, typename T, typename U>
 RLCORE_DEVICE void write_gradient(const Row<T>& row, U* to, int columns, int label, const RowGradient& g) {
     const int vectors = columns / kVector<T>;
-    const auto use = [&](const Vector<T>& values, int v) {
-        float x[kVector<T>];
-        widen(row, v, values, x);
-#pragma unroll
-        for (int i = 0; i < kVector<T>; ++i) x[i] = gradient_at<kCapped>(x[i], false, g);
-        const int at = label - v * kVector<T>;
-        if (at >= 0 && at < kVector<T>) {  // one thread of the row, one time
-            const float y = gradient_at<kCapped>(load_one(row, label), true, g);
-#pragma unroll
-            for (int i = 0; i < kVector<T>; ++i) x[i] = i == at ? y : x[i];
-        }
-        store_vector<kAligned>(to + v * kVector<T>, x);
-    };
     int v = thread_of_block();
     for (; v + kThreads < vectors; v += 2 * kThreads) {
         const Vector<T> first = load_vector<kAligned>(row, v);
         const Vector<T> second = load_vector<kAligned>(row, v + kThreads);
-        use(first, v);
-        use(second, v + kThreads);
+        write_vector<kCapped, kAligned>(row, to, v, first, label, g);
+        write_vector<kCapped, kAligned>(row, to, v + kThreads, second, label, g);
     }
-    if (v < vectors) use(load_vector<kAligned>(row, v), v);
+    if (v < vectors) write_vector<kCapped, kAligned>(row, to, v, load_vector<kAligned>(row, v), label, g);
     const int last = vectors * kVector<T> + thread_of_block();
     if (last < columns) from_float(gradient_at<kCapped>(load_one(row, last), last == label, g), to[last]);
+}
+
+// The same where `to` may be the front of the row's own memory, by all threads of a block: what a turn of the loop
+// writes lies before what later ones read, and a barrier stands between its own loads and stores.
+template <bool kCapped, bool kAligned, typename T, typename U>
+RLCORE_DEVICE void write_narrower(const Row<T>& row, U* to, int columns, int label, const RowGradient& g) {
+    const int vectors = columns / kVector<T>;
+    for (int base = 0; base < vectors; base += 2 * kThreads) {
+        const int v = base + thread_of_block();
+        const int w = v + kThreads;
+        Vector<T> first = {};
+        Vector<T> second = {};
+        if (v < vectors) first = load_vector<kAligned>(row, v);
+        if (w < vectors) second = load_vector<kAligned>(row, w);
+        __syncthreads();
+        if (v < vectors) write_vector<kCapped, kAligned>(row, to, v, first, label, g);
+        if (w < vectors) write_vector<kCapped, kAligned>(row, to, w, second, label, g);
+    }
+    const int last = vectors * kVector<T> + thread_of_block();
+    const float a = last < columns ? load_one(row, last) : 0.0f;
+    __syncthreads();
+    if (last < columns) from_float(gradient_at<kCapped>(a, last == label, g), to[last]);
 }
 
 template <bool kAligned, int kEach, typename U>
@@ -320,9 +348,11 @@ RLCORE_DEVICE void write_zeros(U* to, int columns) {
 template <typename T, typename U, bool kCapped>
 __global__ void __launch_bounds__(kThreads, 2)
     gradient_kernel(Logits c, Statistics s, Coefficients d, Output out, int slices) {
+    constexpr bool kNarrows = sizeof(U) < sizeof(T);
     const std::int64_t r = blockIdx.x / static_cast<unsigned>(slices);
     const int start = static_cast<int>(blockIdx.x % static_cast<unsigned>(slices)) * kSlice;
-    const int columns = static_cast<int>(c.columns) - start < kSlice ? static_cast<int>(c.columns) - start : kSlice;
+    const int left = static_cast<int>(c.columns) - start;
+    const int columns = kNarrows || left < kSlice ? left : kSlice;
     const Row<T> row = row_of<T>(c, r, start);
     U* to = static_cast<U*>(out.data) + r * out.row_stride + start;
     const bool aligned = row.aligned && is_aligned(to, kVector<T> * sizeof(U));
@@ -342,7 +372,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int label = y >= 0 && y < c.columns ? static_cast<int>(y) - start : -1;  // in this slice, or outside of it
     const float entropy = d.entropy == nullptr ? 0.0f : s.entropy[r];
     const RowGradient g = {s.maximum[r], s.log_sum[r], entropy, s.logp[r] != s.logp[r] ? NAN : d_logp, d_entropy, bend};
-    if (aligned) {
+    if constexpr (kNarrows) {
+        if (aligned) {
+            write_narrower<kCapped, true>(row, to, columns, label, g);
+        } else {
+            write_narrower<kCapped, false>(row, to, columns, label, g);
+        }
+    } else if (aligned) {
         write_gradient<kCapped, true>(row, to, columns, label, g);
     } else {
         write_gradient<kCapped, false>(row, to, columns, label, g);
@@ -361,7 +397,7 @@ int launch_statistics(const Logits& c, const Statistics& out, void* stream) {
 
 template <typename T, typename U>
 int launch_gradient(const Logits& c, const Statistics& s, const Coefficients& d, const Output& out, void* stream) {
-    const int slices = static_cast<int>((c.columns + kSlice - 1) / kSlice);
+    const int slices = sizeof(U) < sizeof(T) ? 1 : static_cast<int>((c.columns + kSlice - 1) / kSlice);
     if (c.capped) {
         RLCORE_LAUNCH((gradient_kernel<T, U, true>), c.rows * slices, kThreads, stream, c, s, d, out, slices);
     } else {

@@ -48,7 +48,7 @@ struct Coefficients {
     const float* entropy;  // [rows] d loss / d entropy, or null
 };
 
-// Where d logits go: the logits' own memory (same type and stride), or elsewhere.
+// Where d logits go: the logits' own memory (same stride in bytes: of fewer bits, the front of each row), or elsewhere.
 struct Output {
     void* data;
     Type type;

@@ -38,7 +38,7 @@ from rlcore.algorithms.vocab_head_inputs import (
     scale_of,
     statistics_dtype,
 )
-from rlcore.algorithms.vocab_head_passes import LOG_ZERO, TORCH, Coefficients, RowPasses, Scale
+from rlcore.algorithms.vocab_head_passes import LOG_ZERO, TORCH, Coefficients, RowPasses, Scale, to_fit
 from rlcore.algorithms.vocab_head_products import HeadGradients, Rows
 from rlcore.layout import TokenBatch
 from rlcore.metrics import merge_metrics
@@ -225,7 +225,8 @@ def folded(
     """
     scale = scale_of(hidden, temperature, softcap, logit_scale)._replace(bias=bias)
     dtype, N, V = scale.logit_scale.dtype, hidden.shape[0], weight.shape[0]
-    bound = selection.chunk_rows(V, dtype, hidden.device, chunk_bytes)
+    held = selection.held_bytes(hidden, dtype) if needs[0] else 0
+    bound = selection.chunk_rows(V, dtype, hidden.device, chunk_bytes, held)
     if objective.scope == "batch" and not batch.prepared:
         whole = batch.flat()
         head = (hidden, weight, whole.target.long(), whole.mask, scale)
@@ -277,10 +278,10 @@ def fold_piece(walk: Walk, piece: Piece) -> tuple[Tensor, dict[str, Tensor]]:
     logp, entropy = spread(stats.logp, piece), spread(stats.entropy, piece)
     loss, metrics, d = differentiate(logp, entropy, walk, piece)
     if any(walk.gradients.needs):
-        d = d.of(within(piece))
+        d, factor = to_fit(d.of(within(piece)), stats, scale, h.dtype)
         d_logits, keep = walk.passes.gradient(z, target, stats, d, scale, raw=False, drop=True, dtype=h.dtype)
         left = selection.keep_within(rows, keep)
-        walk.gradients.add(left, h[keep], walk.weight, d_logits)
+        walk.gradients.add(left, h[keep], walk.weight, d_logits, factor)
     return loss, metrics
 
 

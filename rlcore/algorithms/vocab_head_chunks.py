@@ -20,6 +20,7 @@ from rlcore.algorithms.vocab_head_passes import (
     clear,
     empty_statistics,
     row_statistics,
+    to_fit,
 )
 from rlcore.algorithms.vocab_head_products import HeadGradients, Rows
 
@@ -81,11 +82,10 @@ def forward_chunks(
         for x, y in zip(stats, found, strict=True):
             x[part] = y
         if gradient:
-            ones = Coefficients(torch.ones_like(found.logp), None)
-            d_logits, _ = passes.gradient(
-                z, target[part], found, ones, scale.of(part), raw=False, dtype=h.dtype
-            )
-            slope.add(part, h, weight, d_logits)
+            here = scale.of(part)
+            d, factor = to_fit(Coefficients(torch.ones_like(found.logp), None), found, here, h.dtype)
+            d_logits, _ = passes.gradient(z, target[part], found, d, here, raw=False, dtype=h.dtype)
+            slope.add(part, h, weight, d_logits, factor)
     if mask is not None and not selection.compacts(mask.device):
         stats = RowStatistics(*(torch.where(mask, x, 0) for x in stats))
         if further is not None:
@@ -126,7 +126,7 @@ def backward_chunks(
     for part in selection.even_chunks(rows, buffer.shape[0]):
         h = selection.take_hidden(hidden, part, mask, products.product_dtype(weight, dtype))
         z = products.project(h, weight, buffer[: selection.count(part)])
-        d_logits, _ = passes.gradient(
-            z, target[part], stats.of(part), d.of(part), scale.of(part), raw=True, dtype=h.dtype
-        )
-        gradients.add(part, h, weight, d_logits)
+        found, here = stats.of(part), scale.of(part)
+        own, factor = to_fit(d.of(part), found, here, h.dtype)
+        d_logits, _ = passes.gradient(z, target[part], found, own, here, raw=True, dtype=h.dtype)
+        gradients.add(part, h, weight, d_logits, factor)

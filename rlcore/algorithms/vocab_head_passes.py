@@ -236,6 +236,25 @@ def gradient_(
     return z[:done] if dtype is None else z[:done].to(dtype), keep
 
 
+def to_fit(
+    d: Coefficients, stats: RowStatistics, scale: Scale, dtype: torch.dtype
+) -> tuple[Coefficients, Tensor | None]:
+    """Coefficients whose d logits fill the range of `dtype`, and the factor that takes their gradients back (None: 1).
+
+    A power of two on the device. As p |log p + H| < 1 + H, for every entry v of a row
+    |d loss / d a_v| < (|d_logp| + |d_entropy| (1 + H)) |logit_scale| / T: the largest of these becomes half of fp16's.
+    """
+    if dtype != torch.float16 or not d.logp.numel():
+        return d, None
+    bound = d.logp.abs()
+    if d.entropy is not None:
+        bound = bound + d.entropy.abs() * (1 + stats.entropy)
+    bound = (bound * (scale.logit_scale.abs() / scale.temperature)).nan_to_num(0.0, posinf=0.0).amax()
+    exponent = (15 - torch.frexp(bound).exponent).clamp(max=100)
+    up = torch.ldexp(torch.ones_like(bound), exponent)
+    return Coefficients(d.logp * up, None if d.entropy is None else d.entropy * up), 1 / up
+
+
 class RowPasses(NamedTuple):
     """The row passes of one implementation, and its way to differentiate an objective (None: autograd)."""
 

@@ -2,8 +2,9 @@
 
     logits = h W^T [n, V]        d hidden = d logits W [n, H]        d weight += d logits^T h [V, H]
 
-On a GPU bf16 operands stay what they are and the product comes out in float32: the tensor cores add in float32 anyway.
-fp16 has no room for d logits before the loss scale has met them, and the CPU has no such product: there low-precision
+On a GPU 16-bit operands stay what they are and the product comes out in float32: the tensor cores add in float32
+anyway. Before a loss scale has met them d logits would vanish in fp16: they are held at a scale of their own
+(`vocab_head_passes.to_fit`), and `factor` takes their products back. The CPU has no such product: there low-precision
 operands are upcast, the weight by slices of the vocabulary.
 """
 
@@ -34,8 +35,8 @@ Rows = slice | Tensor  # a range of rows, or the int64 indices of the rows that 
 
 
 def keeps_float32(x: Tensor) -> bool:
-    """Whether products of x's dtype come out in float32 on its device, d logits included."""
-    return x.device.type == "cuda" and x.dtype == torch.bfloat16
+    """Whether products of x's dtype come out in float32 on its device."""
+    return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def product_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -43,28 +44,43 @@ def product_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
     return weight.dtype if keeps_float32(weight) else dtype
 
 
-def hidden_gradient_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Of the stored d hidden: that of a product's operands, whose range is float32's, for it is summed once."""
-    return product_dtype(weight, dtype)
-
-
 # ------------------------------------------------------------------------------------------------ products
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out = a b in the dtype of `out`: the operands' own, or float32."""
     return torch.mm(a, b, out=out) if a.dtype == out.dtype else torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def multiply_add(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+def addmm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out += a b."""
-    if a.dtype == out.dtype:
-        return out.addmm_(a, b)
-    if ADDS_TO_FLOAT32:
-        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    for rows in vocabulary_slices(out.shape[0], out.shape[1], out.dtype, PRODUCT_BYTES):
-        out[rows] += torch.mm(a[rows], b, out_dtype=out.dtype)
+    return out.addmm_(a, b) if a.dtype == out.dtype else torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, factor: Tensor | None = None) -> Tensor:
+    """out = factor * a b (None: 1), rounded once."""
+    if factor is None:
+        return mm(a, b, out)
+    if out.dtype == torch.float32:
+        return mm(a, b, out).mul_(factor)
+    for rows, part in sliced_products(a, b):
+        out[rows] = part.mul_(factor)
     return out
+
+
+def multiply_add(a: Tensor, b: Tensor, out: Tensor, factor: Tensor | None = None) -> Tensor:
+    """out += factor * a b (None: 1); `out` is float32, or float64."""
+    if factor is None and (a.dtype == out.dtype or ADDS_TO_FLOAT32):
+        return addmm(a, b, out)
+    for rows, part in sliced_products(a, b):
+        out[rows] += part if factor is None else part.mul_(factor)
+    return out
+
+
+def sliced_products(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """a b in float32 by slices of its rows."""
+    for rows in vocabulary_slices(a.shape[0], b.shape[1], torch.float32, PRODUCT_BYTES):
+        yield rows, mm(a[rows], b, a.new_empty((rows.stop - rows.start, b.shape[1]), dtype=torch.float32))
 
 
 def vocabulary_slices(V: int, H: int, dtype: torch.dtype, bound: int) -> list[slice]:
@@ -100,10 +116,10 @@ def project(h: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def project_back(d_logits: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """out = d hidden = d logits W [n, H]."""
+def project_back(d_logits: Tensor, weight: Tensor, out: Tensor, factor: Tensor | None = None) -> Tensor:
+    """out = d hidden = factor * d logits W [n, H]."""
     if weight.dtype == d_logits.dtype:
-        return multiply(d_logits, weight, out)
+        return multiply(d_logits, weight, out, factor)
     for columns, w in weight_tiles(weight, d_logits.dtype):
         (multiply if columns.start == 0 else multiply_add)(d_logits[:, columns], w, out)
     return out
@@ -112,15 +128,15 @@ def project_back(d_logits: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 class HeadGradients:
     """d hidden, d weight and d bias, filled chunk by chunk; what is not needed stays empty.
 
-    They are in the statistics' dtype, d hidden in `hidden_gradient_dtype`. d weight is a list: the whole [V, H], or of
-    a low-precision weight on the CPU its slices of the vocabulary, one after another.
+    They are in the statistics' dtype. d weight is a list: the whole [V, H], or of a low-precision weight on the CPU its
+    slices of the vocabulary, one after another.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], dtype: torch.dtype) -> None:
         self.needs = needs
         V, H = weight.shape
         N = hidden.shape[0] if needs[0] else 0
-        self.hidden = hidden.new_zeros((N, H), dtype=hidden_gradient_dtype(weight, dtype))
+        self.hidden = hidden.new_zeros((N, H), dtype=dtype)
         self._slices = gradient_slices(weight, dtype) if needs[1] else []
         # The first chunk writes d weight, the others add to it: zeroing it first is one more sweep over V x H.
         self._weight = [weight.new_empty((s.stop - s.start, H), dtype=dtype) for s in self._slices]
@@ -131,16 +147,20 @@ class HeadGradients:
     def weight(self) -> list[Tensor]:
         return self._weight if self._written else [x.zero_() for x in self._weight]
 
-    def add(self, rows: Rows, h: Tensor, weight: Tensor, d_logits: Tensor) -> None:
-        """Two GEMMs: d_hidden[rows] = d logits W, d_weight += d logits^T h (4nHV FLOPs); d logits has h's dtype."""
+    def add(self, rows: Rows, h: Tensor, weight: Tensor, d_logits: Tensor, factor: Tensor | None = None) -> None:
+        """Two GEMMs: d_hidden[rows] = d logits W, d_weight += d logits^T h (4nHV FLOPs); d logits has h's dtype.
+
+        The true d logits are `factor` (None: 1) times those given.
+        """
         if d_logits.shape[0] == 0:
             return
         if self.needs[0] and isinstance(rows, slice):
-            project_back(d_logits, weight, self.hidden[rows])
+            project_back(d_logits, weight, self.hidden[rows], factor)
         elif self.needs[0]:
-            self.hidden[rows] = project_back(d_logits, weight, torch.empty_like(h, dtype=self.hidden.dtype))
+            self.hidden[rows] = project_back(d_logits, weight, torch.empty_like(h, dtype=self.hidden.dtype), factor)
         for columns, sum_ in zip(self._slices, self._weight, strict=True):
-            (multiply_add if self._written else multiply)(d_logits[:, columns].t(), h, sum_)
+            (multiply_add if self._written else multiply)(d_logits[:, columns].t(), h, sum_, factor)
         self._written = True
         if self.needs[2]:
-            self.bias.add_(d_logits.sum(0, dtype=self.bias.dtype))
+            sum_ = d_logits.sum(0, dtype=self.bias.dtype)
+            self.bias.add_(sum_ if factor is None else sum_ * factor)

@@ -12,8 +12,9 @@ from rlcore.algorithms.vocab_head_products import Rows
 # The fp32 logits of a chunk, unless the caller gives a budget. Few and large: every further chunk reads and writes d
 # weight once more and makes the GEMMs thinner (`make bench` prints the ratio to bare GEMMs), so the bound is what a
 # caller can spare. CPU: of the 64 MiB that a step may cost above its inputs, outputs and gradients the BLAS and the
-# rest take some 10 (measured by `bench/memory.py`). GPU: of 2.5 GiB, what 4,096 rows of a vocabulary of 152K take.
-CHUNK_BYTES = {"cpu": 51 * 2**20, "default": 19 * 2**27}
+# rest take some 10 (measured by `bench/memory.py`). GPU: of 2.5 GiB, what 4,096 rows of a vocabulary of 152K take, and
+# 8,192 rows of d hidden in float32 at a hidden size of 4,096.
+CHUNK_BYTES = {"cpu": 51 * 2**20, "default": 157 * 2**24}
 # Row passes run over blocks of a chunk that stay in the L2 cache of a core between their sweeps. A GPU takes the whole
 # chunk at once: there a launch costs more than a sweep.
 BLOCK_BYTES = {"cpu": 2**20, "default": 2**32}
@@ -27,10 +28,22 @@ def compacts(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def chunk_rows(V: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None = None) -> int:
-    """How many rows of logits a chunk of at most `chunk_bytes` may hold."""
-    bound = of_device(CHUNK_BYTES, device) if chunk_bytes is None else chunk_bytes
-    rows = bound // (max(V, 1) * dtype.itemsize)
+def held_bytes(hidden: Tensor, dtype: torch.dtype) -> int:
+    """What d hidden in `dtype` takes beside a result of fewer bits; not on a CPU, whose budget is for logits alone."""
+    return 0 if hidden.dtype == dtype or compacts(hidden.device) else hidden.numel() * dtype.itemsize
+
+
+def logits_bytes(device: torch.device, chunk_bytes: int | None, held: int = 0) -> int:
+    """Bytes of logits: what the caller gives, otherwise what `held` bytes leave of the budget, at least a quarter."""
+    bound = of_device(CHUNK_BYTES, device)
+    return max(bound - held, bound // 4) if chunk_bytes is None else chunk_bytes
+
+
+def chunk_rows(
+    V: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None = None, held: int = 0
+) -> int:
+    """How many rows of logits a chunk of at most `chunk_bytes` may hold, beside `held` bytes."""
+    rows = logits_bytes(device, chunk_bytes, held) // (max(V, 1) * dtype.itemsize)
     block = of_device(ROW_BLOCK, device)
     return max(1, rows - rows % block if rows > block else rows)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from rlcore.algorithms import vocab_head_chunks as chunks
 from rlcore.algorithms import vocab_head_products as products
 from rlcore.algorithms import vocab_head_rows as selection
-from rlcore.algorithms.vocab_head_passes import TORCH, Coefficients, RowPasses, RowStatistics, Scale
+from rlcore.algorithms.vocab_head_passes import TORCH, Coefficients, RowPasses, RowStatistics, Scale, to_fit
 
 Gradients = tuple[Tensor, list[Tensor], Tensor]
 # A tile's columns are the rows of a GPU's product for d weight.
@@ -49,7 +49,7 @@ def backward(
     passes: RowPasses = TORCH,
     chunk_bytes: int | None = None,
 ) -> Gradients:
-    """(d hidden [N, H] in the statistics' or the products' dtype, d weight [V, H] whole or in slices, d bias [V])."""
+    """(d hidden [N, H], d weight [V, H] whole or in slices, d bias [V])."""
     head = (hidden, weight, target, mask, scale, stats, d)
     if by_tiles(hidden, weight):
         return backward_tiles(*head, needs, passes=passes, chunk_bytes=chunk_bytes)
@@ -78,10 +78,12 @@ def backward_tiles(
         d = Coefficients(*(None if x is None else torch.where(mask, x, 0) for x in d))  # type: ignore[arg-type]
     target, scale = chunks.neutral(mask, target, scale)
     h = selection.take_hidden(hidden, slice(0, N), mask, products.product_dtype(weight, dtype))
+    d, factor = to_fit(d, stats, scale, h.dtype)
     d_hidden = hidden.new_zeros((N if needs[0] else 0, H), dtype=dtype)
     d_weight = weight.new_empty((V if needs[1] else 0, H))
     d_bias = weight.new_empty(V if needs[2] else 0, dtype=dtype)
-    width = tile_columns(N, V, dtype, hidden.device, chunk_bytes)
+    held = selection.held_bytes(hidden, dtype)
+    width = tile_columns(N, V, dtype, hidden.device, chunk_bytes, held)
     buffer = chunks.logits_buffer(weight[:width], N, dtype)
     for start in range(0, V, width):
         tile = slice(start, min(start + width, V))
@@ -92,16 +94,20 @@ def backward_tiles(
         if needs[0]:
             products.multiply_add(d_logits, w, d_hidden)
         if needs[1] and d_weight.dtype == h.dtype:
-            products.multiply(d_logits.t(), h, d_weight[tile])
+            products.multiply(d_logits.t(), h, d_weight[tile], factor)
         elif needs[1]:
             d_weight[tile] = d_logits.t() @ h
         if needs[2]:
             torch.sum(d_logits, 0, dtype=dtype, out=d_bias[tile])
+    if factor is not None:
+        d_hidden.mul_(factor)
+        d_bias.mul_(factor)
     return d_hidden, [d_weight] if needs[1] else [], d_bias
 
 
-def tile_columns(N: int, V: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None) -> int:
-    """How many columns of logits a tile of all rows may hold."""
-    bound = selection.of_device(selection.CHUNK_BYTES, device) if chunk_bytes is None else chunk_bytes
-    columns = max(1, bound // (max(N, 1) * dtype.itemsize))
+def tile_columns(
+    N: int, V: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None, held: int = 0
+) -> int:
+    """How many columns of logits a tile of all rows may hold, beside `held` bytes."""
+    columns = max(1, selection.logits_bytes(device, chunk_bytes, held) // (max(N, 1) * dtype.itemsize))
     return min(V, columns - columns % COLUMN_BLOCK if columns > COLUMN_BLOCK else columns)

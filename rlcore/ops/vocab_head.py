@@ -56,7 +56,7 @@ def linear_logprob(
     and bias. 2NHV FLOPs forward; backward 6NHV by recompute, or none where the head is frozen and logp alone is
     asked for: then the forward pass is 4NHV. `statistics` adds what no gradient flows through: top1, the likeliest
     token (of several the lowest id), its log-prob top1_logp, and sum_sq = sum_v p_v^2. `chunk_bytes` bounds the float32
-    logits that exist at once (by default 51 MiB on a CPU, 2.4 GiB on a GPU; one row at least). Raises TypeError and
+    logits that exist at once (by default 51 MiB on a CPU, 2.45 GiB on a GPU; one row at least). Raises TypeError and
     ValueError that name the argument; a double backward raises RuntimeError (use the reference backend). Own.
     """
     invariant = backend.is_batch_invariant(hidden)

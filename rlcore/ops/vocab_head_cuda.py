@@ -17,6 +17,8 @@ from rlcore.ops.policy_loss_raw import evaluate_chunk
 
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
+COPY_BYTES = 2**26
+
 Number = tuple[int, int, float]
 
 
@@ -47,7 +49,7 @@ def ready(scale: Scale) -> tuple[tuple[Tensor | None, Tensor], tuple[int, Number
 def statistics_(
     a: Tensor, target: Tensor, scale: Scale, entropy: bool, further: Further | None = None
 ) -> RowStatistics:
-    """`reference.statistics_` in CUDA C++; `further` by torch, from a copy of the chunk."""
+    """`reference.statistics_` in CUDA C++, but the raw logits stay as they are; `further` by torch."""
     if not takes(a):
         return reference.statistics_(a, target, scale, entropy, further)
     maximum, log_sum, logp = (torch.empty(a.shape[0], device=a.device) for _ in range(3))
@@ -59,9 +61,15 @@ def statistics_(
         chunk_of(a), numbers, target.data_ptr(), addresses, backend.cuda_stream(a)
     )
     if further is not None:
-        bent = reference.bend_(a.to(torch.float32, copy=True), scale)
-        reference.bent_further(further, bent, out, scale)
+        fill(further, a, out, scale)
     return out
+
+
+def fill(further: Further, a: Tensor, stats: RowStatistics, scale: Scale) -> None:
+    """By torch, which bends logits in place, and these are to stay: from copies of a few rows at a time."""
+    for rows in selection.even_chunks(slice(0, a.shape[0]), max(1, COPY_BYTES // (4 * a.shape[1]))):
+        bent = reference.bend_(a[rows].to(torch.float32, copy=True), scale.of(rows))
+        reference.bent_further(further.of(rows), bent, stats.of(rows), scale.of(rows))
 
 
 def gradient_(
@@ -75,11 +83,15 @@ def gradient_(
     drop: bool = False,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Rows]:
-    """`reference.gradient_` in CUDA C++. No row leaves: those without a coefficient are zeroed, and not read."""
+    """`reference.gradient_` in CUDA C++. No row leaves: those without a coefficient are zeroed, and not read.
+
+    In a narrower dtype it takes the front of each row's memory.
+    """
     if not takes(z):
         return reference.gradient_(z, target, stats, d, scale, raw=raw, drop=drop, dtype=dtype)
-    write_gradient(z, target, stats, d, scale, z)
-    return z if dtype is None else z.to(dtype), slice(0, z.shape[0])
+    out = z if dtype in (None, z.dtype) else z.view(dtype)[:, : z.shape[1]]
+    write_gradient(z, target, stats, d, scale, out)
+    return out, slice(0, z.shape[0])
 
 
 @backend.on_device

@@ -113,7 +113,6 @@ class VocabParallelLogprob(Function):
                 RowStatistics(*stats), Coefficients(d_logp, d_entropy), needs,
                 passes=row_passes(hidden, ctx.requested), chunk_bytes=ctx.chunk_bytes,
             )  # fmt: skip
-        d_hidden = d_hidden.to(logit_scale.dtype)
         if needs[0]:
             dist.all_reduce(d_hidden, group=ctx.group)
         return (*as_given(d_hidden, d_weight, d_bias, needs, ctx.dtypes), *nothing)

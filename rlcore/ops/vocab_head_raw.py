@@ -1,8 +1,8 @@
 """The raw passes of the vocabulary head as torch custom ops: forward and backward, without an autograd formula.
 
 Rows are flat: hidden [N, H], target and mask [N], temperature 0-d or [N]. Numbers are tensors, so that no value is a
-constant of a compiled graph. Gradients come back in the statistics' dtype (float32 or float64; on a GPU d hidden of a
-bfloat16 head in bfloat16, d weight by recompute in the weight's), empty where not needed. `chunk_bytes` bounds the
+constant of a compiled graph. Gradients come back in the statistics' dtype (float32 or float64; on a GPU d weight by
+recompute in the weight's), empty where not needed. `chunk_bytes` bounds the
 logits held at once. `requested` is the backend, "" for the fastest: a backward pass is given what forward ran on.
 An autograd formula on an op that returns d weight copies it; differentiation is in `vocab_head_autograd`.
 """
@@ -136,15 +136,10 @@ def linear_logprob_backward(
     """6NHV over the rows that have a coefficient: (d_hidden [N, H], the slices of d_weight [V, H], d_bias [V])."""
     with no_autocast(hidden):
         scale = Scale(temperature, softcap, logit_scale, bias)
-        d_hidden, d_weight, d_bias = tiles.backward(
+        return tiles.backward(
             hidden, weight, target.long(), mask, scale, RowStatistics(*statistics),
             Coefficients(d_logp, d_entropy), needs, passes=row_passes(hidden, requested), chunk_bytes=chunk_bytes,
         )  # fmt: skip
-    return d_hidden.to(products.hidden_gradient_dtype(weight, logit_scale.dtype)), d_weight, d_bias
-
-
-def empty_hidden_gradient(hidden: Tensor, weight: Tensor, like: Tensor) -> Tensor:
-    return like.new_empty(hidden.shape, dtype=products.hidden_gradient_dtype(weight, like.dtype))
 
 
 def empty_gradients(
@@ -154,7 +149,7 @@ def empty_gradients(
     V, H = weight.shape
     slices = products.gradient_slices(weight, like.dtype) if needs[1] else []
     return (
-        empty_hidden_gradient(hidden[: None if needs[0] else 0], weight, like),
+        like.new_empty((hidden.shape[0] if needs[0] else 0, H)),
         [like.new_empty((s.stop - s.start, H), dtype=dtype) for s in slices],
         like.new_empty((V if needs[2] else 0,)),
     )
@@ -217,7 +212,7 @@ def _(
     chunk_bytes: int | None = None,
     requested: str = "",
 ) -> tuple[Tensor, Tensor]:
-    return logit_scale.new_empty(hidden.shape[0]), empty_hidden_gradient(hidden, weight, logit_scale)
+    return logit_scale.new_empty(hidden.shape[0]), logit_scale.new_empty(hidden.shape)
 
 
 @torch.library.custom_op("rlcore::linear_policy_loss", mutates_args=())

@@ -63,7 +63,9 @@ def test_backward_outside_of_the_block(device, monkeypatch):
     assert ran
 
 
-def test_statistics(device):
+def test_statistics(device, monkeypatch):
+    """The copies that torch works on are of two rows each."""
+    monkeypatch.setattr(passes, "COPY_BYTES", 2 * 123 * 4)
     case = to(make("peaked", "rows", shape=(7,), masked=0.2), device)
     with rl.backend("cuda"):
         out = rl.linear_logprob(case.hidden, case.weight, case.target, statistics=True, **case.kwargs())
@@ -183,6 +185,23 @@ def test_gradient_of_float32_logits_in_16_bits(shift, dtype, device):
     _, found = both_passes(a.to(device), target, scale_of(temperature, 9.0, 1.0, device), d, device, out)
     _, whole = both_passes(a.to(device), target, scale_of(temperature, 9.0, 1.0, device), d, device)
     assert torch.equal(found, whole.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("V", [1, 3, 7, 2048, 3 * 4096 + 5, 16384 + 9])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_narrower_gradients_take_the_front_of_each_row(shift, V, dtype, device):
+    """No second chunk: no thread writes what another has yet to read, and what is between rows stays."""
+    a, target, temperature = rows(3, V), torch.tensor([0, V - 1, V // 2]), torch.tensor(1.0)
+    d = Coefficients(*(x.to(device) for x in (torch.tensor([0.5, -2.0, 0.0]), torch.tensor([0.1, 0.0, 0.0]))))
+    scale = scale_of(temperature, 9.0, 1.0, device)
+    stats, whole = both_passes(a.clone().to(device), target, scale, d, device)
+    store = torch.full((3, V + 5), NAN, device=device)
+    z = store[:, shift : shift + V].copy_(a)
+    found, kept = passes.gradient_(z, target.to(device), stats, d, scale, raw=True, dtype=dtype)
+    assert found.data_ptr() == z.data_ptr() and kept == slice(0, 3)
+    assert torch.equal(found, whole.to(dtype))
+    assert store[:, :shift].isnan().all() and store[:, shift + V :].isnan().all()
 
 
 def test_rows_without_a_coefficient_are_zeroed_and_not_read(device):
