@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,20 +38,72 @@ def cases(family: str):
     ]
 
 
+def wrong(facts: static.Facts, record: dict[str, Any], target: str) -> list[str]:
+    """What the guard has against a kernel, beside what was recorded of it."""
+    limits = {
+        "its result would depend on the order of programs": facts.atomics == COUNTS.get(facts.kernel, 0),
+        "shared memory that no block can have": facts.shared <= static.SHARED_LIMIT[target],
+        "more shared memory": facts.shared <= GROWTH * record["shared"],
+        "more registers": facts.registers <= max(GROWTH * record["registers"], record["registers"] + 8),
+        "registers go to memory": facts.stack <= (0 if target == "sm_90" else record["stack"]),
+        "other units for its products": (facts.tensor_core > 0) == (record["tensor_core"] > 0),
+    }
+    return [what for what, kept in limits.items() if not kept]
+
+
+def recorded(family: str, target: str) -> dict[str, list[dict[str, Any]]]:
+    return json.loads((static.STATIC / f"{family}.json").read_text())[target]
+
+
 @pytest.mark.parametrize(("family", "label", "target"), [case for family in FAMILIES for case in cases(family)])
 def test_kernels_compile_within_limits(family, label, target):
-    recorded = json.loads((static.STATIC / f"{family}.json").read_text())[target][label]
+    records = recorded(family, target)[label]
     found = static.compile_family({label: FAMILIES[family][label]}, target)[label]
-    assert [f.kernel for f in found] == [r["kernel"] for r in recorded], "the launches have changed: run `make static`"
-    for facts, record in zip(found, recorded):
-        atomics = COUNTS.get(facts.kernel, 0)
-        assert facts.atomics == atomics, f"{facts.kernel}: the result would depend on the order of programs"
-        assert facts.shared <= static.SHARED_LIMIT[target]
-        assert facts.shared <= GROWTH * record["shared"]
-        assert facts.registers <= max(GROWTH * record["registers"], record["registers"] + 8)
-        assert facts.stack <= record["stack"]
-        assert target != "sm_90" or facts.stack == 0, f"{facts.kernel}: registers go to memory"
-        assert (facts.tensor_core > 0) == (record["tensor_core"] > 0)
+    assert [f.kernel for f in found] == [r["kernel"] for r in records], "the launches have changed: run `make static`"
+    assert not [f"{f.kernel}: {what}" for f, r in zip(found, records) for what in wrong(f, r, target)]
+
+
+@pytest.mark.parametrize(("target", "change", "what"), [
+    ("sm_90", {}, []), ("sm_80", {"stack": 16, "registers": 110, "shared": 55_000, "tensor_core": 1}, []),
+    ("sm_90", {"stack": 8}, ["registers go to memory"]), ("sm_100", {"stack": 24}, ["registers go to memory"]),
+    ("gfx942", {"registers": 111}, ["more registers"]), ("sm_80", {"shared": 56_000}, ["more shared memory"]),
+    ("gfx942", {"shared": 70_000}, ["shared memory that no block can have", "more shared memory"]),
+    ("sm_90", {"tensor_core": 0}, ["other units for its products"]),
+    ("sm_100", {"tensor_core": 0}, ["other units for its products"]),
+    ("sm_90", {"atomics": 1}, ["its result would depend on the order of programs"]),
+])  # fmt: skip
+def test_the_guard_objects(target, change, what):
+    record = {"registers": 100, "stack": 16, "shared": 50_000, "tensor_core": 8}
+    facts = static.Facts("some_kernel", 8, **(record | {"stack": 0, "atomics": 0} | change))
+    assert wrong(facts, record, target) == what
+
+
+@pytest.mark.parametrize("target", static.TARGETS)
+def test_every_kernel_and_case_is_recorded_and_make_test_compiles_each_kernel(target):
+    source = "\n".join(file.read_text() for file in sorted((ROOT / "kernels").glob("*.py")))
+    written, compiled = set(re.findall(r"^def (\w+_kernel)\(", source, re.M)), set()
+    for family, cases in FAMILIES.items():
+        records = recorded(family, target)
+        assert list(records) == list(cases)
+        compiled |= {r["kernel"] for label in QUICK[family] for r in records[label]}
+    assert len(written) > 15 and compiled == written
+
+
+# In the names of instructions: mma.sync, wgmma, tcgen05 or mfma, as bench/compile_kernels.py counts them.
+PRODUCTS = ("prefix_attention_forward_kernel", "prefix_attention_dq_kernel", "prefix_attention_dkdv_kernel",
+            "tile_statistics_kernel")  # fmt: skip
+
+
+def test_what_is_recorded_of_stacks_and_products():
+    """No stack on sm_90; 16-bit products in tensor cores; NVIDIA's have no float32."""
+    for family, target in itertools.product(FAMILIES, static.TARGETS):
+        for label, records in recorded(family, target).items():
+            for r in records:
+                where = f"{target} {label} {r['kernel']}"
+                assert target != "sm_90" or r["stack"] == 0, where
+                if "float32" not in label or target != "gfx942":
+                    expected = r["kernel"] in PRODUCTS and "float32" not in label
+                    assert (r["tensor_core"] > 0) == expected, where
 
 
 # Every thread keeps hundreds of values until all have been summed.
