@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rlcore.algorithms.policy_loss import METRICS
+from rlcore.algorithms.policy_loss_metrics import METRICS
 
 # Room for the partial results of one program, a power of two.
 ROOM = tl.constexpr(32)

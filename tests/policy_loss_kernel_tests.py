@@ -30,7 +30,8 @@ from policy_loss_cases import (
 import rlcore as rl
 from accuracy import assert_accurate
 from oracles import policy_loss as oracle
-from rlcore.algorithms.policy_loss import chunk_loss, metric_names, prepare_chunks
+from rlcore.algorithms.policy_loss import chunk_loss, prepare_chunks
+from rlcore.algorithms.policy_loss_metrics import metric_names
 from rlcore.layout_checks import PER_TOKEN, PER_TOKEN_OR_SEQUENCE
 from rlcore.ops import policy_loss_raw as raw
 

@@ -76,9 +76,10 @@ struct Totals {
 // The most metrics that `policy_loss` writes.
 constexpr int kMostMetrics = 32;
 
-// The whole: loss (1 number), gradients and metrics, in the order of rlcore.algorithms.policy_loss.metric_names.
-// `sequence_mean` gives each row the coefficient 1 / (unmasked tokens of its sequence * sequences), by `offsets`.
-// Returns the number of metrics. The result does not depend on the number of threads.
+// The whole: loss (1 number), gradients and metrics, in the order of
+// rlcore.algorithms.policy_loss_metrics.metric_names. `sequence_mean` gives each row the coefficient 1 / (unmasked
+// tokens of its sequence * sequences), by `offsets`. Returns the number of metrics. The result does not depend on the
+// number of threads.
 int policy_loss(PolicyRows rows, const PolicyRule& rule, std::int64_t n, const Units& units,
                 const std::int64_t* sequence_mean, std::int64_t sequences, const Totals& totals, int threads,
                 float* loss, float* metrics);

@@ -106,7 +106,7 @@ PolicySums added(const std::vector<PolicySums>& blocks) {
     return total;
 }
 
-// In the order of rlcore.algorithms.policy_loss.metric_names.
+// In the order of rlcore.algorithms.policy_loss_metrics.metric_names.
 int write_metrics(const PolicyRows& rows, const PolicyRule& rule, const PolicySums& s, const Totals& totals,
                   float* loss, float* metrics) {
     float* out = metrics;

@@ -75,7 +75,7 @@ struct PolicyJob {
     unsigned chosen;   // which of the metrics below are written, in their order
 };
 
-// In the order of rlcore.algorithms.policy_loss.METRICS.
+// In the order of rlcore.algorithms.policy_loss_metrics.METRICS.
 enum Metric {
     kTokens,
     kRatioMean,

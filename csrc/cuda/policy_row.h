@@ -1,5 +1,5 @@
 // The terms of one row of the policy loss with their derivatives, in float32: what the kernels of policy_loss.cu share.
-// rlcore.algorithms.policy_loss states the maths.
+// rlcore.algorithms.policy_loss_terms states the maths.
 #pragma once
 
 #include <cmath>

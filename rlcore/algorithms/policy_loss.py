@@ -16,13 +16,9 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms.objective import Numbers, Objective
+from rlcore.algorithms.policy_loss_metrics import Metrics, anchor_metrics, custom_metric, ratio_metrics
+from rlcore.algorithms.policy_loss_terms import anchor, importance_ratio, kl_divergence, surrogate, truncated_weight
 from rlcore.layout import TokenBatch, group_borders, tokens_per_sequence
-from rlcore.metrics import effective_sample_size
-
-# exp(20) = 4.9e8: far outside every clip range, and far from the overflow that would turn 0 * inf into NaN gradients.
-LOG_RATIO_BOUND = 20.0
-
-Metrics = dict[str, Tensor]
 
 
 def policy_loss(
@@ -160,146 +156,6 @@ def chunk_loss(
     return total, metrics
 
 
-def importance_ratio(
-    logp: Tensor, rows: TokenBatch, level: Tensor | None, start: int, stop: int, objective: Objective
-) -> tuple[Tensor, Tensor]:
-    """log-ratio and ratio pi/pi_old of every row at the objective's level; without old_logp the value is 1.
-
-    token: r_t; sequence, segment: the geometric mean exp(mean log r) over the unit's unmasked tokens (GSPO);
-    none: pi/sg(pi), which is 1 and has the gradient of log pi.
-    """
-    old_logp = logp.detach() if rows.old_logp is None or objective.ratio == "none" else rows.old_logp
-    log_ratio = logp - old_logp
-    if level is not None:
-        log_ratio = unit_mean(log_ratio, level[start:stop], rows.mask)
-    log_ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    return log_ratio, log_ratio.exp()
-
-
-def unit_mean(x: Tensor, unit: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean of x over the unmasked rows of each row's unit, [n]; masked rows of x are 0 already."""
-    if not len(unit):
-        return x
-    unit = unit - unit.min()
-    zeros = x.new_zeros(x.shape[0])
-    count = zeros.index_add(0, unit, torch.ones_like(x) if mask is None else mask.to(x.dtype))
-    total = zeros.index_add(0, unit, x)
-    return (total / count.clamp(min=1))[unit]
-
-
-def surrogate(
-    logp: Tensor, ratio: Tensor, advantage: Tensor, low: Tensor, high: Tensor, numbers: Numbers, objective: Objective
-) -> Tensor:
-    """The policy term per row, [n], to be minimised.
-
-    ppo: max(-r A, -clip(r, 1-low, 1+high) A), and for A < 0 at most -c A with dual clip c (1912.09729);
-    cispo: -sg(clip(r)) A log pi; reinforce: -r A, or -A log pi where there is no ratio.
-    """
-    if objective.surrogate == "reinforce":
-        return -advantage * (logp if objective.ratio == "none" else ratio)
-    clipped = ratio.clamp(1 - low, 1 + high)
-    if objective.surrogate == "cispo":
-        return -clipped.detach() * advantage * logp
-    loss = torch.maximum(-ratio * advantage, -clipped * advantage)
-    if objective.has_dual_clip:
-        bound = -numbers.dual_clip * advantage
-        loss = torch.where(advantage < 0, torch.minimum(loss, bound), loss)
-    return loss
-
-
-def truncated_weight(logp: Tensor, rows: TokenBatch, numbers: Numbers) -> Tensor:
-    """Truncated importance sampling: min(pi_old / pi_rollout, cap) per row, a constant (verl#2953)."""
-    return behaviour_ratio(logp, rows).minimum(numbers.cap)
-
-
-def behaviour_ratio(logp: Tensor, rows: TokenBatch) -> Tensor:
-    """exp(old_logp - rollout_logp): what the trainer's and the sampler's probabilities of a token differ by."""
-    old_logp = logp.detach() if rows.old_logp is None else rows.old_logp
-    assert rows.rollout_logp is not None
-    return (old_logp - rows.rollout_logp).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
-
-
-def anchor(logp: Tensor, rows: TokenBatch) -> Tensor:
-    """The reference's log-probs; rows that `kl_mask` leaves out get the policy's own: what they hold is not read."""
-    assert rows.ref_logp is not None
-    return rows.ref_logp if rows.kl_mask is None else torch.where(rows.kl_mask, rows.ref_logp, logp.detach())
-
-
-def kl_divergence(logp: Tensor, ref_logp: Tensor, estimator: str) -> Tensor:
-    """Schulman's estimators of KL(pi || ref) from one sample, with x = log pi - log ref.
-
-    k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x. As losses their gradients differ: k2's is the gradient of the KL in
-    expectation, k1's is zero in expectation. Source: Schulman, "Approximating KL divergence" (2020).
-    """
-    x = (logp - ref_logp).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    if estimator == "k1":
-        return x
-    if estimator == "k2":
-        return x * x / 2
-    return torch.expm1(-x) + x
-
-
-@torch.no_grad()
-def ratio_metrics(
-    log_ratio: Tensor, ratio: Tensor, advantage: Tensor, low: Tensor, high: Tensor, per_token: Tensor, keep: Tensor,
-    numbers: Numbers, objective: Objective,
-) -> Metrics:  # fmt: skip
-    """What the ratio did: its moments and extremes, and the fraction of tokens that lost their gradient to a clip."""
-    below, above = ratio < 1 - low, ratio > 1 + high
-    if objective.surrogate == "ppo":
-        below, above = below & (advantage < 0), above & (advantage > 0)
-    elif objective.surrogate == "reinforce":
-        below, above = torch.zeros_like(below), torch.zeros_like(above)
-    metrics = {
-        "tokens": keep.sum().to(ratio.dtype),
-        "ratio_mean": (per_token * ratio).sum(),
-        "ratio_min": torch.where(keep, ratio, torch.inf).amin() if ratio.numel() else ratio.new_tensor(torch.inf),
-        "ratio_max": torch.where(keep, ratio, -torch.inf).amax() if ratio.numel() else ratio.new_tensor(-torch.inf),
-        "clip_low_fraction": (per_token * below).sum(),
-        "clip_high_fraction": (per_token * above).sum(),
-        "clip_fraction": (per_token * (below | above)).sum(),
-        "old_kl_k1": -(per_token * log_ratio).sum(),
-        "old_kl_k3": (per_token * (torch.expm1(log_ratio) - log_ratio)).sum(),
-        "zero_advantage_fraction": (per_token * (advantage == 0)).sum(),
-        "advantage_mean": (per_token * advantage).sum(),
-    }
-    if objective.has_dual_clip:
-        hit = (advantage < 0) & (ratio > numbers.dual_clip)
-        metrics["dual_clip_fraction"] = (per_token * hit).sum()
-    return metrics
-
-
-@torch.no_grad()
-def anchor_metrics(
-    logp: Tensor, entropy: Tensor | None, rows: TokenBatch, per_token: Tensor, keep: Tensor, numbers: Numbers,
-    objective: Objective,
-) -> Metrics:  # fmt: skip
-    """Where the policy stands: its log-prob and entropy, its distance to the reference and to the sampler."""
-    metrics = {"logp_mean": (per_token * logp).sum()}
-    if entropy is not None:
-        metrics["entropy"] = (per_token * entropy).sum()
-    if rows.ref_logp is not None:
-        metrics["ref_kl_k1"] = (per_token * kl_divergence(logp, anchor(logp, rows), "k1")).sum()
-        metrics["ref_kl_k3"] = (per_token * kl_divergence(logp, anchor(logp, rows), "k3")).sum()
-    if rows.rollout_logp is not None:
-        ratio = behaviour_ratio(logp, rows)
-        old_logp = logp if rows.old_logp is None else rows.old_logp
-        difference = (old_logp - rows.rollout_logp) * keep
-        weight = keep * (ratio.minimum(numbers.cap) if objective.has_correction else ratio)
-        metrics |= {
-            "rollout_kl_k1": -(per_token * difference).sum(),
-            "rollout_kl_k3": (per_token * kl_divergence(rows.rollout_logp, old_logp, "k3")).sum(),
-            "rollout_logp_difference_max": difference.abs().amax() if keep.numel() else logp.new_zeros(()),
-            "weight_sum": weight.sum(),
-            "weight_sq_sum": (weight * weight).sum(),
-        }
-        metrics["ess"] = effective_sample_size({"tokens": keep.sum().to(logp.dtype), **metrics})
-        if objective.has_correction:
-            hit = ratio > numbers.cap
-            metrics["correction_clip_fraction"] = (per_token * hit).sum()
-    return metrics
-
-
 def custom_chunk(
     logp: Tensor, entropy: Tensor | None, rows: TokenBatch, coefficient: Tensor, per_token: Tensor, keep: Tensor,
     objective: Objective,
@@ -314,39 +170,6 @@ def custom_chunk(
     for name, value in named.items():
         metrics[name] = custom_metric(name, value.detach(), per_token, keep)
     return total, metrics
-
-
-def custom_metric(name: str, value: Tensor, per_token: Tensor, keep: Tensor) -> Tensor:
-    """A user's metric by its name: `*_min` and `*_max` over the unmasked tokens, else the mean over the minibatch's."""
-    if name.endswith(("_min", "_max")):
-        sign = 1.0 if name.endswith("_max") else -1.0
-        masked = torch.where(keep, sign * value, -torch.inf)
-        return sign * (masked.amax() if value.numel() else masked.new_tensor(-torch.inf))
-    return (per_token * torch.where(keep, value, 0)).sum()
-
-
-# Every metric in its order, which kernels count on.
-METRICS = (
-    "tokens", "ratio_mean", "ratio_min", "ratio_max", "clip_low_fraction", "clip_high_fraction", "clip_fraction",
-    "old_kl_k1", "old_kl_k3", "zero_advantage_fraction", "advantage_mean", "dual_clip_fraction", "policy_loss",
-    "kl_loss", "entropy_loss", "logp_mean", "entropy", "ref_kl_k1", "ref_kl_k3", "rollout_kl_k1", "rollout_kl_k3",
-    "rollout_logp_difference_max", "weight_sum", "weight_sq_sum", "ess", "correction_clip_fraction", "loss",
-)  # fmt: skip
-
-
-def metric_names(batch: TokenBatch, objective: Objective, entropy: bool) -> tuple[str, ...]:
-    """The names of the metrics that `chunk_loss` returns, in its order, known without running it."""
-    if objective.custom_loss is not None:
-        return ("tokens", "loss", *objective.custom_metrics)
-    there = {
-        "dual_clip_fraction": objective.has_dual_clip, "kl_loss": objective.kl is not None,
-        "entropy_loss": objective.needs_entropy, "entropy": entropy, "ref_kl_k1": batch.ref_logp is not None,
-        "ref_kl_k3": batch.ref_logp is not None,
-    }  # fmt: skip
-    first = METRICS.index("rollout_kl_k1")
-    there |= dict.fromkeys(METRICS[first:-1], batch.rollout_logp is not None)
-    there["correction_clip_fraction"] &= objective.has_correction
-    return tuple(name for name in METRICS if there.get(name, True))
 
 
 def without_masked_values(batch: TokenBatch, dtype: torch.dtype) -> TokenBatch:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import rlcore as rl
-from rlcore.algorithms.policy_loss import kl_divergence
+from rlcore.algorithms.policy_loss_terms import kl_divergence
 from rlcore.engine import checkpoint
 from rlcore.engine.config import Config
 from rlcore.engine.critic import Critic, explained_variance

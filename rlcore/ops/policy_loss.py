@@ -17,7 +17,8 @@ from torch.autograd import Function
 
 from rlcore.algorithms import policy_loss as algorithm
 from rlcore.algorithms.objective import KL, TIS, Objective
-from rlcore.algorithms.policy_loss import check_fields, check_scores, full_precision, metric_names
+from rlcore.algorithms.policy_loss import check_fields, check_scores, full_precision
+from rlcore.algorithms.policy_loss_metrics import metric_names
 from rlcore.algorithms.value_loss import value_loss
 from rlcore.layout import TokenBatch
 from rlcore.ops.policy_loss_raw import implementation, is_raw

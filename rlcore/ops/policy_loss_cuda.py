@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms.objective import Objective
-from rlcore.algorithms.policy_loss import FIELDS, METRICS, Evaluated, metric_names
+from rlcore.algorithms.policy_loss import FIELDS, Evaluated
+from rlcore.algorithms.policy_loss_metrics import METRICS, metric_names
 from rlcore.layout import TokenBatch
 from rlcore.ops import backend
 from rlcore.ops.policy_loss_launch import Arguments, structure, unit_launches

@@ -15,15 +15,8 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms.objective import Objective, lookup
-from rlcore.algorithms.policy_loss import (
-    FIELDS,
-    Evaluated,
-    Metrics,
-    PreparedBatch,
-    chunk_loss,
-    metric_names,
-    prepare_chunks,
-)
+from rlcore.algorithms.policy_loss import FIELDS, Evaluated, PreparedBatch, chunk_loss, prepare_chunks
+from rlcore.algorithms.policy_loss_metrics import Metrics, metric_names
 from rlcore.algorithms.vocab_head import autograd_enabled
 from rlcore.layout import TokenBatch
 from rlcore.ops import backend, policy_loss_cuda, policy_loss_native, policy_loss_triton

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from rlcore.algorithms import vocab_head as algorithm
 from rlcore.algorithms.objective import Objective
-from rlcore.algorithms.policy_loss import check_fields, metric_names
+from rlcore.algorithms.policy_loss import check_fields
+from rlcore.algorithms.policy_loss_metrics import metric_names
 from rlcore.algorithms.vocab_head import LogProbs
 from rlcore.algorithms.vocab_head_inputs import (
     Number,

@@ -18,7 +18,7 @@ from rlcore.algorithms import vocab_head_passes as reference
 from rlcore.algorithms import vocab_head_products as products
 from rlcore.algorithms import vocab_head_tiles as tiles
 from rlcore.algorithms.objective import lookup
-from rlcore.algorithms.policy_loss import metric_names
+from rlcore.algorithms.policy_loss_metrics import metric_names
 from rlcore.algorithms.vocab_head_passes import Coefficients, Further, RowStatistics, Scale
 from rlcore.layout import TokenBatch
 from rlcore.ops.vocab_head_passes import row_passes, score_passes

@@ -11,7 +11,7 @@ from policy_loss_cases import agree, make_batch, make_case, make_objective, rich
 from policy_loss_kernel_tests import *  # noqa: F403
 
 import rlcore as rl
-from rlcore.algorithms.policy_loss import metric_names
+from rlcore.algorithms.policy_loss_metrics import metric_names
 from rlcore.ops import policy_loss_cuda as cuda
 from rlcore.ops import policy_loss_raw as raw
 

@@ -15,7 +15,8 @@ from policy_loss_cases import CUBE, FIELDS, LENGTHS, RATIOS, SURROGATES, make_ba
 import rlcore as rl
 from accuracy import assert_accurate
 from oracles import policy_loss as oracle
-from rlcore.algorithms.policy_loss import chunk_loss, metric_names, prepare_chunks
+from rlcore.algorithms.policy_loss import chunk_loss, prepare_chunks
+from rlcore.algorithms.policy_loss_metrics import metric_names
 from rlcore.layout import Totals
 from rlcore.ops import backend
 from rlcore.ops import policy_loss_native as native
