@@ -13,7 +13,8 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from rlcore.engine.config import Config, check_value, shown
+from rlcore.engine.config import Config
+from rlcore.engine.config_rules import check_value, shown
 from rlcore.engine.errors import UserError
 
 

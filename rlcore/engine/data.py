@@ -18,7 +18,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from rlcore.engine.config import TaskConfig, shown
+from rlcore.engine.config import TaskConfig
+from rlcore.engine.config_rules import shown
 from rlcore.engine.errors import SaveError, UserError, first_line
 from rlcore.engine.problem import Problem, Problems, excerpt, key_of, render
 from rlcore.engine.screen import watched

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from rlcore.engine.checkpoint import Saved, found, step_of, why_unusable
-from rlcore.engine.config import AT_LEAST_ONE, NOT_NEGATIVE, Config, check_ranges
+from rlcore.engine.config import AT_LEAST_ONE, NOT_NEGATIVE, Config
 from rlcore.engine.config_file import load_toml
+from rlcore.engine.config_rules import check_ranges
 from rlcore.engine.errors import UserError
 from rlcore.engine.evaluate import Evaluation, measure
 from rlcore.engine.plot import is_number

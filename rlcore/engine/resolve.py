@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rlcore.engine.arguments import parse
-from rlcore.engine.config import Config, validate
+from rlcore.engine.config import Config
 from rlcore.engine.config_file import changes, flatten, load_toml
+from rlcore.engine.config_rules import validate
 from rlcore.engine.errors import UserError
 from rlcore.engine.tasks import DEFAULTS
 from rlcore.methods import methods

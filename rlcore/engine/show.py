@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from rlcore.engine.config import AT_LEAST_ONE, check_ranges
+from rlcore.engine.config import AT_LEAST_ONE
+from rlcore.engine.config_rules import check_ranges
 from rlcore.engine.errors import UserError
 from rlcore.engine.plot import is_number
 from rlcore.engine.records import read, write_whole

@@ -21,7 +21,8 @@ import torch
 
 import rlcore as rl
 from rlcore.engine import checkpoint
-from rlcore.engine.config import Config, validate
+from rlcore.engine.config import Config
+from rlcore.engine.config_rules import validate
 from rlcore.engine.errors import Interrupted, UserError, first_line
 from rlcore.engine.evaluate import evaluate
 from rlcore.engine.logging import RunLog

@@ -20,8 +20,9 @@ import rlcore as rl
 from rlcore.cli import main
 from rlcore.engine import checkpoint, trainer
 from rlcore.engine.checkpoint import found
-from rlcore.engine.config import Config, validate
+from rlcore.engine.config import Config
 from rlcore.engine.config_file import flatten, load_toml, to_toml
+from rlcore.engine.config_rules import validate
 from rlcore.engine.errors import UserError
 from rlcore.engine.records import read
 from rlcore.engine.run import RunDirectory
