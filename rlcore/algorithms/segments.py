@@ -265,21 +265,14 @@ def group_advantage(
     Source: Shao et al. 2024 (DeepSeekMath, GRPO), Ahmadian et al. 2024 (RLOO), Hao et al. 2025 (OPO), Liu et al. 2025
     (Understanding R1-Zero, Dr. GRPO; Tricks or Traps, Lite PPO).
     """
-    check_choice("center", center, CENTERS)
-    check_choice("scale", scale, SCALES)
-    check_choice("spread", spread, SPREADS)
-    check_tensor("reward", reward)
-    keep = flat_mask(mask, reward, "reward")
+    ids, given, keep = advantage_arguments(reward, group, center, scale, weight, mask, spread)
     r = wide(reward.reshape(-1))
-    w = torch.ones_like(r) if weight is None else weights(weight, reward, keep)
+    w = torch.ones_like(r) if given is None else given
     if keep is not None:
         r, w = r.masked_fill(~keep, 0.0), w.masked_fill(~keep, 0.0)
     scopes = {"batch": Scope(torch.zeros_like(r, dtype=torch.int64), 1, w)}
-    if "group" in (center, scale) or center == "leave_one_out":
-        if group is None:
-            raise ValueError(f"group: needed for center={center!r}, scale={scale!r}; got None")
-        check_ids("group", group, reward, "reward")
-        scopes["group"] = Scope(dense_ids(group.reshape(-1)), r.shape[0], w)
+    if ids is not None:
+        scopes["group"] = Scope(dense_ids(ids), r.shape[0], w)
 
     if center == "none":
         residual = r
@@ -295,6 +288,28 @@ def group_advantage(
     if keep is not None:
         advantage = advantage.masked_fill(~keep, 0.0)
     return advantage.to(result_dtype(reward)).reshape(reward.shape)
+
+
+def advantage_arguments(
+    reward: Tensor, group: Tensor | None, center: str, scale: str, weight: Tensor | None, mask: Tensor | None,
+    spread: str,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(ids int64 where a scope needs groups, weights float64, mask bool), [N] and contiguous, None where not given.
+
+    Arguments and errors as in `group_advantage`.
+    """
+    check_choice("center", center, CENTERS)
+    check_choice("scale", scale, SCALES)
+    check_choice("spread", spread, SPREADS)
+    check_tensor("reward", reward)
+    keep = flat_mask(mask, reward, "reward")
+    w = None if weight is None else weights(weight, reward, keep).contiguous()
+    if "group" not in (center, scale) and center != "leave_one_out":
+        return None, w, keep
+    if group is None:
+        raise ValueError(f"group: needed for center={center!r}, scale={scale!r}; got None")
+    check_ids("group", group, reward, "reward")
+    return group.reshape(-1).to(torch.int64).contiguous(), w, keep
 
 
 def weights(weight: Tensor, reward: Tensor, keep: Tensor | None) -> Tensor:

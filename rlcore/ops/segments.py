@@ -82,7 +82,7 @@ def _segment_sum(x: Tensor, offsets: Tensor, mask: Tensor | None, requested: str
 
 
 @_segment_sum.register_fake
-def _(x: Tensor, offsets: Tensor, mask: Tensor | None, requested: str) -> Tensor:
+def _(x: Tensor, offsets: Tensor, *_: Any) -> Tensor:
     return x.new_empty((offsets.shape[0] - 1,), dtype=result_dtype(x))
 
 
@@ -259,9 +259,7 @@ def _reverse_scan(
 
 
 @_reverse_scan.register_fake
-def _(
-    delta: Tensor, decay: Tensor, last: Tensor, in_cpp: bool = False, requested: str = "reference"
-) -> Tensor:
+def _(delta: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(delta, memory_format=torch.contiguous_format)
 
 

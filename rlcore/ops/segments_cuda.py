@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlcore.algorithms.segments import CENTERS, SCALES, SPREADS, check_choice, weights
-from rlcore.algorithms.segments_input import check_ids, check_tensor, flat_mask, flat_offsets_of, result_dtype
+from rlcore.algorithms.segments import advantage_arguments
+from rlcore.algorithms.segments_input import result_dtype
 from rlcore.ops import backend
-from rlcore.ops.segments_native import NAMES, address, fits_into
+from rlcore.ops.segments_native import NAMES, address, axis_of
 
 Coefficient = float | Tensor
 
@@ -30,19 +30,7 @@ def group_advantage(
     """`rlcore.algorithms.segments.group_advantage` in one launch; None where there are too many rewards for it."""
     if not runs(reward, group, weight, mask) or reward.numel() > backend.cuda().MOST_REWARDS:
         return None
-    check_choice("center", center, CENTERS)
-    check_choice("scale", scale, SCALES)
-    check_choice("spread", spread, SPREADS)
-    check_tensor("reward", reward)
-    keep = flat_mask(mask, reward, "reward")
-    w = None if weight is None else weights(weight, reward, keep).to(torch.float64).contiguous()
-    ids = None
-    if "group" in (center, scale) or center == "leave_one_out":
-        if group is None:
-            raise ValueError(f"group: needed for center={center!r}, scale={scale!r}; got None")
-        check_ids("group", group, reward, "reward")
-        ids = group.reshape(-1).to(torch.int64).contiguous()
-    keep = None if keep is None else keep.to(torch.bool).contiguous()
+    ids, w, keep = advantage_arguments(reward, group, center, scale, weight, mask, spread)
     r = reward.reshape(-1).to(torch.float64).contiguous()
 
     def launch(x: Tensor, center: str, scale: str, of_residual: bool) -> Tensor:
@@ -108,28 +96,16 @@ def time_of(
     coefficients: tuple[Coefficient, ...],
 ) -> tuple[Time, tuple[Coefficient, ...]] | None:
     """The time axis of `xs` and the coefficients made ready for it; None where the kernels do not take them."""
-    first = xs[0]
     per_row = [c for c in coefficients if isinstance(c, Tensor) and c.dim()]
-    if not all(isinstance(x, Tensor) and x.is_floating_point() and x.shape == first.shape for x in xs):
+    if not runs(*xs, offsets, mask, bootstrap, *per_row):
         return None
-    if not runs(*xs, offsets, mask, bootstrap, *per_row) or (offsets is None and first.dim() != 2):
+    axis = axis_of(xs, offsets, mask, bootstrap, coefficients)
+    if axis is None:
         return None
-    dtype = result_dtype(*xs)
-    numbers = all(isinstance(c, (Tensor, int, float)) and not isinstance(c, bool) for c in coefficients)
-    if not numbers or not all(c.shape == first.shape and fits_into(c, dtype) for c in per_row):
-        return None
-    if bootstrap is not None and not fits_into(bootstrap, dtype):
-        return None
+    (offsets, keep), first, dtype = axis, xs[0], result_dtype(*xs)
     if offsets is None:
         offsets = torch.arange(first.shape[0] + 1, device=first.device) * first.shape[1]
-    else:
-        offsets = flat_offsets_of(first, offsets, "reward").contiguous()
-    if bootstrap is not None and bootstrap.shape != (offsets.shape[0] - 1,):
-        return None
-    keep = flat_mask(mask, first, "reward")
-    time = Time(
-        tuple(x.to(dtype).contiguous() for x in xs), first.shape, dtype, offsets,
-        None if keep is None else keep.to(torch.bool).contiguous(),
-        None if bootstrap is None else bootstrap.to(dtype).contiguous(),
-    )  # fmt: skip
+    ready = tuple(x.to(dtype).contiguous() for x in xs)
+    after = None if bootstrap is None else bootstrap.to(dtype).contiguous()
+    time = Time(ready, first.shape, dtype, offsets, keep, after)
     return time, tuple(c.to(dtype).contiguous() if isinstance(c, Tensor) else c for c in coefficients)

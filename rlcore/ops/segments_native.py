@@ -11,11 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlcore.algorithms.segments import CENTERS, SCALES, SPREADS, check_choice, weights
+from rlcore.algorithms.segments import advantage_arguments
 from rlcore.algorithms.segments_input import (
     check_floating,
     check_ids,
-    check_tensor,
     count_segments,
     flat_mask,
     flat_offsets_of,
@@ -38,14 +37,6 @@ def runs(*tensors: object) -> bool:
 
 def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
-
-
-def read_mask(mask: Tensor | None, like: Tensor, of: str) -> Tensor | None:
-    """`flat_mask`, contiguous; a bool mask is read where it lies, for a copy takes a third of a scan's time."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        return flat_mask(mask, like, of)
-    check_tensor("mask", mask, like, of)
-    return mask.reshape(-1).contiguous()
 
 
 class Rows(NamedTuple):
@@ -96,7 +87,7 @@ def rows_of(
     if not runs(x, ids, offsets, mask):
         return None
     check_floating("x", x)
-    keep = read_mask(mask, x, "x")
+    keep = flat_mask(mask, x, "x")
     rows = None
     if ids is not None and offsets is None:
         check_ids("ids", ids, x, "x (offsets are passed by keyword)")
@@ -124,18 +115,7 @@ def group_advantage(
     mask: Tensor | None, spread: str,
 ) -> Tensor:  # fmt: skip
     """`rlcore.algorithms.segments.group_advantage` in one call."""
-    check_choice("center", center, CENTERS)
-    check_choice("scale", scale, SCALES)
-    check_choice("spread", spread, SPREADS)
-    check_tensor("reward", reward)
-    keep = read_mask(mask, reward, "reward")
-    w = None if weight is None else weights(weight, reward, keep).contiguous()
-    ids = None
-    if "group" in (center, scale) or center == "leave_one_out":
-        if group is None:
-            raise ValueError(f"group: needed for center={center!r}, scale={scale!r}; got None")
-        check_ids("group", group, reward, "reward")
-        ids = group.reshape(-1).to(torch.int64).contiguous()
+    ids, w, keep = advantage_arguments(reward, group, center, scale, weight, mask, spread)
     r = reward.reshape(-1).to(torch.float64).contiguous()
     out = torch.empty_like(r)
     backend.native().group_advantage(  # type: ignore[union-attr]
@@ -226,7 +206,7 @@ def axis_of(
     count = first.shape[0] if offsets is None else offsets.shape[0] - 1
     if bootstrap is not None and bootstrap.shape != (count,):
         return None
-    return offsets, read_mask(mask, first, "reward")
+    return offsets, flat_mask(mask, first, "reward")
 
 
 def time_of(

@@ -11,11 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlcore.algorithms.segments import CENTERS, SCALES, SPREADS, check_choice, weights
+from rlcore.algorithms.segments import advantage_arguments
 from rlcore.algorithms.segments_input import (
     check_floating,
     check_ids,
-    check_tensor,
     count_segments,
     flat_mask,
     flat_offsets_of,
@@ -107,18 +106,7 @@ def group_advantage(
     """`rlcore.algorithms.segments.group_advantage`."""
     from rlcore.kernels import segments_advantage as kernels
 
-    check_choice("center", center, CENTERS)
-    check_choice("scale", scale, SCALES)
-    check_choice("spread", spread, SPREADS)
-    check_tensor("reward", reward)
-    keep = flat_mask(mask, reward, "reward")
-    w = None if weight is None else weights(weight, reward, keep).contiguous()
-    ids = None
-    if "group" in (center, scale) or center == "leave_one_out":
-        if group is None:
-            raise ValueError(f"group: needed for center={center!r}, scale={scale!r}; got None")
-        check_ids("group", group, reward, "reward")
-        ids = group.reshape(-1).to(torch.int64)
+    ids, w, keep = advantage_arguments(reward, group, center, scale, weight, mask, spread)
     r = reward.reshape(-1).contiguous()
     return kernels.group_advantage(
         r if r.is_floating_point() else wide(r), ids, center, scale, spread == "residual", float(ddof), float(eps), w,
