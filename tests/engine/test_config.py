@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 
-from rlcore.engine.config import Config, TaskConfig, validate
+from rlcore.engine.config import Config, TaskConfig
 from rlcore.engine.config_file import flatten, load_toml, to_toml
+from rlcore.engine.config_rules import validate
 from rlcore.engine.errors import UserError
 from rlcore.engine.resolve import resolve
 

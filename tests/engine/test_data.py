@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from rlcore.cli import main
-from rlcore.engine.config import Config, TaskConfig, validate
+from rlcore.engine.config import Config, TaskConfig
 from rlcore.engine.config_file import load_toml, to_toml
+from rlcore.engine.config_rules import validate
 from rlcore.engine.data import Rows
 from rlcore.engine.errors import UserError
 from rlcore.engine.logging import read

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rlcore.engine.config import RewardConfig, TaskConfig, validate
+from rlcore.engine.config import RewardConfig, TaskConfig
 from rlcore.engine.config_file import load_toml
+from rlcore.engine.config_rules import validate
 from rlcore.engine.data import Rows
 from rlcore.engine.rewards import Rewards
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 import rlcore as rl
 from rlcore.engine import checkpoint, lora
-from rlcore.engine.config import CriticConfig, ModelConfig, UpdateConfig, validate
+from rlcore.engine.config import CriticConfig, ModelConfig, UpdateConfig
+from rlcore.engine.config_rules import validate
 from rlcore.engine.critic import Critic
 from rlcore.engine.errors import UserError
 from rlcore.engine.logging import read

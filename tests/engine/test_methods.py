@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlcore.engine.config import Config, validate
+from rlcore.engine.config import Config
+from rlcore.engine.config_rules import validate
 from rlcore.engine.resolve import with_keys
 from rlcore.layout import TokenBatch, flat_offsets
 from rlcore.methods import methods

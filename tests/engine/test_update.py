@@ -299,7 +299,7 @@ def test_a_reference_at_the_start_is_at_distance_zero(tiny):
     ],
 )
 def test_what_does_not_go_together_is_named(keys, named):
-    from rlcore.engine.config import validate
+    from rlcore.engine.config_rules import validate
 
     with pytest.raises(UserError, match=named.replace(".", r"\.")):
         validate(with_keys(Config(), keys))
