@@ -82,7 +82,7 @@ def backward_tiles(
     d_hidden = hidden.new_zeros((N if needs[0] else 0, H), dtype=dtype)
     d_weight = weight.new_empty((V if needs[1] else 0, H))
     d_bias = weight.new_empty(V if needs[2] else 0, dtype=dtype)
-    held = selection.held_bytes(hidden, dtype)
+    held = selection.held_bytes(hidden, dtype) if needs[0] else 0
     width = tile_columns(N, V, dtype, hidden.device, chunk_bytes, held)
     buffer = chunks.logits_buffer(weight[:width], N, dtype)
     for start in range(0, V, width):
