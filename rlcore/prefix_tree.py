@@ -98,7 +98,7 @@ class PrefixTree:
         """
         if build.count(prompts, "prompts") != build.count(responses, "responses"):
             raise ValueError(f"responses: expected one list per prompt ({len(prompts)}), got {len(responses)}")
-        if not prompts:
+        if not len(prompts):
             raise ValueError("prompts: expected at least one prompt, got none")
         nodes: list[np.ndarray] = []
         parent: list[int] = []

@@ -150,6 +150,8 @@ def test_tokens_may_be_tensors_or_arrays():
     plain = PrefixTree.from_groups([[1, 2]], [[[3], [4, 5]]])
     mixed = PrefixTree.from_groups([torch.tensor([1, 2])], [[np.array([3], dtype=np.int32), torch.tensor([4, 5])]])
     assert torch.equal(plain.input_ids, mixed.input_ids)
+    whole = PrefixTree.from_groups(torch.tensor([[1, 2], [1, 3]]), torch.tensor([[[4, 5]], [[6, 7]]]))
+    assert whole.input_ids.tolist() == [1, 2, 4, 5, 1, 3, 6, 7]
     paths = PrefixTree.from_paths([torch.tensor([1, 2, 3]), (1, 2, 4), np.array([1], dtype=np.int32), [5]])
     expected = PrefixTree.from_paths([[1, 2, 3], [1, 2, 4], [1], [5]])
     for name in ("input_ids", "end", "target", "loss_rows", "last_rows", "offsets", "group", "node_table"):

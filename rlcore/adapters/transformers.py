@@ -97,27 +97,38 @@ def trunk(model: Any, tree: PrefixTree, rows: Literal["loss", "last", "all"] = "
     rows: "loss", at the rows that predict, [N, H], aligned with tree.target (the last row of a prompt is gathered once
     per response); "last", at the last token of every path, [S, H]; "all", of all packed rows, [M, H]. After its keys
     and values the last layer computes only the rows that are asked for.
-    Raises ValueError for a model that is not attached, a tree on another device, or one deeper than the model's
-    rotary embedding allows.
+    Raises ValueError for a model that is not attached, a tree on another device, one deeper than the model's rotary
+    embedding allows, and, on a CPU, for ids without an embedding; TypeError for what is no tree.
     """
     inner = unwrap(model)
     state = _attachment(inner)
     if rows not in ("loss", "last", "all"):
         raise ValueError(f'rows: expected "loss", "last" or "all", got {rows!r}')
-    device = inner.get_input_embeddings().weight.device
-    if tree.device != device:
-        raise ValueError(f"tree: expected the model's device ({device}), got {tree.device}; use tree.to(device)")
-    if state.max_depth is not None and tree.depth > state.max_depth:
-        raise ValueError(
-            f"tree: expected paths of at most {state.max_depth} tokens, got {tree.depth}: beyond that this model's "
-            "rotary frequencies depend on the longest path in the tree"
-        )
+    _check_tree(tree, inner.get_input_embeddings().weight, state.max_depth)
     if rows == "all":
         return tree_hidden(inner, tree)
     reads = tree.loss_reads if rows == "loss" else tree.last_reads
     if state.narrows and 0 < reads.rows.shape[0] <= NARROW_UP_TO * tree.M:
         return tree_hidden(inner, tree, reads.rows).index_select(0, reads.at)
     return tree_hidden(inner, tree).index_select(0, tree.loss_rows if rows == "loss" else tree.last_rows)
+
+
+def _check_tree(tree: PrefixTree, embedding: Tensor, max_depth: int | None) -> None:
+    if not isinstance(tree, PrefixTree):
+        raise TypeError(f"tree: expected a PrefixTree, got {type(tree).__name__}")
+    if tree.device != embedding.device:
+        raise ValueError(
+            f"tree: expected the model's device ({embedding.device}), got {tree.device}; use tree.to(device)"
+        )
+    if max_depth is not None and tree.depth > max_depth:
+        raise ValueError(
+            f"tree: expected paths of at most {max_depth} tokens, got {tree.depth}: beyond that this model's "
+            "rotary frequencies depend on the longest path in the tree"
+        )
+    if tree.device.type == "cpu" and not torch.compiler.is_compiling():
+        least, most = (int(x) for x in tree.input_ids.aminmax())
+        if least < 0 or most >= embedding.shape[0]:
+            raise ValueError(f"tree: expected token ids below {embedding.shape[0]}, got {least} to {most}")
 
 
 def head(model: Any) -> Head:

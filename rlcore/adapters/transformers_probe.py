@@ -26,6 +26,8 @@ def refuse_by_design(inner: Any) -> None:
     """Raises AttachError for what a tiny probe could miss or could not name."""
     name, body = type(inner).__name__, adapter.decoder(inner)
     config = body.config
+    if any(p.device.type == "meta" for p in inner.parameters()):
+        raise AttachError(f"{name}: its weights are not loaded (device meta)")
     if getattr(config, "is_encoder_decoder", False):
         raise AttachError(f"{name}: encoder-decoder models have no single packed sequence")
     if getattr(config, "is_causal", True) is False:

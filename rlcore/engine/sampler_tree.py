@@ -92,9 +92,9 @@ class Sampler:
     ) -> None:
         _check_positive("max_new_tokens", max_new_tokens)
         for name, got, fits, expected in (
-            ("temperature", temperature, temperature > 0, "a positive number"),
+            ("temperature", temperature, isinstance(temperature, int | float) and temperature > 0, "a positive number"),
             ("top_k", top_k, is_int(top_k) and top_k >= 0, "an int of at least 0"),
-            ("top_p", top_p, 0 < top_p <= 1, "a number above 0 and at most 1"),
+            ("top_p", top_p, isinstance(top_p, int | float) and 0 < top_p <= 1, "a number above 0 and at most 1"),
         ):
             if not fits:
                 raise ValueError(f"{name}: expected {expected}, got {got!r}")
@@ -243,6 +243,7 @@ class Sampler:
         """
         if sequences is None:
             sequences = [i for i, node in enumerate(self.nodes) if node.limit]
+        count(sequences, "sequences")
         for s, asked in enumerate(sequences):
             self._check_node(f"sequences[{s}]", asked)
         cuts: list[set[int]] = [{node.at + len(node.tokens)} for node in self.nodes]

@@ -70,6 +70,12 @@ def test_log_probs_of_both_layouts(both):
     torch.testing.assert_close(tree, padded, rtol=0, atol=1e-5)
 
 
+def test_trees_are_the_default(small):
+    from rlcore.engine.config import Config
+
+    assert Policy(copy.deepcopy(small[0]), 0, Config().update.layout).layout == "tree"
+
+
 def test_tree_shares_prompts_and_beginnings():
     tree = PACK.tree
     batch = ragged_batch()

@@ -345,9 +345,11 @@ def test_bad_input(model):
     assert len(tree.nodes) == 1 and tree.start([]) == []
     with pytest.raises(ValueError, match=r"sequences\[0\]: expected one of 1 nodes, got -1"):
         tree.table([-1])
-    for setting, value in (("temperature", 0.0), ("top_k", -1), ("top_p", 0.0), ("length", 0)):
+    with pytest.raises(TypeError, match="sequences: expected a list, got 3"):
+        tree.table(3)
+    for setting, value in (("temperature", 0.0), ("temperature", "1"), ("top_k", -1), ("top_p", 0.0), ("length", 0)):
         name = "max_new_tokens" if setting == "length" else setting
-        with pytest.raises(ValueError, match=f"{name}: expected .*, got {value}"):
+        with pytest.raises(ValueError, match=f"{name}: expected .*, got {value!r}"):
             sampler(model, **{setting: value})
     children = tree.branch(node, 40)
     tree.run()
