@@ -109,9 +109,13 @@ class Race:
         )  # fmt: skip
 
 
-def run_race(contestants: Mapping[str, Function], seconds: float, quick: bool = False) -> Race:
-    """Calls every contestant once per round until about `seconds` are spent, at least two trials (of long rounds:
-    five rounds), each round in another order. The caller has run each of them before, to check its result.
+def run_race(
+    contestants: Mapping[str, Function], seconds: float, quick: bool = False, long_round: float = LONG_ROUND,
+    long_rounds: int = 5,
+) -> Race:  # fmt: skip
+    """Calls every contestant once per round until about `seconds` are spent, at least two trials (of rounds of more
+    than `long_round` seconds: `long_rounds`), each round in another order. The caller has run each of them before, to
+    check its result.
     """
     names = list(contestants)
     loops = dict.fromkeys(names, 1)
@@ -129,8 +133,8 @@ def run_race(contestants: Mapping[str, Function], seconds: float, quick: bool = 
                     spent = timed(contestants[name], loops[name])
                 times[name].append(spent)
             i += 1
-            if i == 1 and perf_counter() - start > LONG_ROUND:
-                rounds = min(rounds, 5)
+            if i == 1 and perf_counter() - start > long_round:
+                rounds = min(rounds, long_rounds)
             if i == rounds and not quick and rounds < 60 and (perf_counter() - start) * (1 + 2 * TRIAL / i) < seconds:
                 rounds += 2 * TRIAL
     finally:

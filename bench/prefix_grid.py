@@ -10,9 +10,12 @@ repeated is that batch's measured step. floor is the step of the tree's rows thr
 packed before: embedding, matrix products at just that number of rows, norms, the head, which is not shared, and the
 loss, forward and backward. pairs are the query-key pairs of the tree, and a pair costs what it costs in the faster of
 torch's attention and ours on whole paths of P + S tokens, about as many rows in all, where nothing is shared. So the
-bound grants the tree free packing, free gathers, and attention as fast as without a tree.
+bound grants the tree free packing, free gathers, and attention as fast as without a tree. It is that of sharing alone:
+floor and pairs are of all rows in all layers, while the tree's last layer computes only the rows that the loss reads.
+A step may so be faster than its bound.
 
-Writes prefix_grid.json and .md under bench/results/<machine>/, and docs/prefix_grid.png. Every point is kept as soon as
+Writes prefix_grid.json and .md under bench/results/<machine>/, docs/prefix_grid.png, and what docs/prefix_attention.md
+says of them. Every point is kept as soon as
 it is there; a second start goes on with those that are missing. `--draw` makes table and picture from the JSON alone.
 """
 
@@ -31,7 +34,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from measure import a_against_a, check, environment, machine_class, min_of_medians, run_race
+from measure import TRIAL, a_against_a, check, environment, machine_class, min_of_medians, run_race
 from prefix_cases import MICRO, Attention, Point, Size, Steps
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +42,8 @@ GRID = [Point(*sizes) for sizes in product((128, 512, 2048), (32, 128, 512), (4,
 # Where next to nothing is shared, sharing must at least cost nothing.
 UNSHARED = [Point(4, 128, 8), Point(8, 512, 4)]
 QUICK = [Point(16, 8, 2), Point(32, 8, 4), Point(2, 16, 2)]
+# One trial has to do where a round takes longer, in seconds: the whole grid is to take half an hour on two cores.
+LONG_ROUND = 4.0
 MEMORY_POINT = Point(2048, 128, 16)
 # Asked: this share of the bound where the bound is over 1.5; this speed-up where it is under 1.1; over prefix-grouper.
 OF_BOUND, NO_SLOWER, OVER_GROUPER, MEMORY = 0.8, 0.97, 1.25, 0.25
@@ -98,7 +103,7 @@ def measure(point: Point, size: Size, seconds: float, quick: bool, flex: bool) -
     unshared = {f"unshared {name}": attention.unshared(name) for name in ("torch", "ours")}
     for function in (functions["floor"], *unshared.values()):
         function()
-    race = run_race(functions | unshared, seconds, quick)
+    race = run_race(functions | unshared, seconds, quick, LONG_ROUND, TRIAL)
     best = {name: min_of_medians(race.of(name)) for name in race.seconds}
     per_pair = min(best[name] for name in unshared) / attention.pairs
     tree_attention = attention.forward_of_tree(flex)
@@ -218,6 +223,33 @@ def draw(found: Sequence[Measured], path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
+PAGE = ROOT / "docs" / "prefix_attention.md"
+BEGIN, END = "<!-- grid: written by `make grid` -->\n", "<!-- end of grid -->\n"
+
+
+def section(here: dict[str, Any], found: Sequence[Measured], peak: dict[str, Any] | None, table: str) -> str:
+    """What the page says of the grid; `table` is the link to it."""
+    faster = [m.speedup for m in found if m.point not in UNSHARED]
+    over = [m.grouper / m.tree for m in found if m.grouper is not None and m.point.prompt >= 512]
+    share = [m.ideal / m.tree for m in found if m.bound > 1.5]
+    missed = sum(bool(m.missed) for m in found)
+    lines = [
+        "![speed-up of a step over P / S](prefix_grid.png)\n",
+        f"On {here['cpu']}, {here['threads']} threads: a step on the tree is {min(faster):.2f}x to {max(faster):.2f}x",
+        "as fast as on the repeated batch;",
+        *([f"{min(over):.2f}x to {max(over):.2f}x as fast as with prefix-grouper where P >= 512;"] if over else []),
+        *([f"{min(share):.0%} to {max(share):.0%} of the bound where that is over 1.5x."] if share else []),
+        f"{len(found) - missed} of {len(found)} points meet all that they are asked. {memory_line(peak)}",
+        f"[All points]({table}).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def fill_page(text: str) -> None:
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(before + BEGIN + text + END + rest.partition(END)[2])
+
+
 class Store:
     """The JSON file: the points in order, and the peak memory. Of other versions or machines it keeps nothing. Without
     a file all is forgotten.
@@ -261,7 +293,7 @@ def points_of(text: str) -> Point:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--points", nargs="+", type=points_of, metavar="P,S,G", help="these instead of the grid")
-    parser.add_argument("--seconds", type=float, default=12.0, help="for one point's rounds, of which there are 5 or 6")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for one point's rounds, of which there are 3 or 6")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--again", action="store_true", help="measure also what is stored")
     parser.add_argument("--no-flex", action="store_true", help="leave out FlexAttention, which compiles at every point")
@@ -289,6 +321,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if store.file:
         store.file.with_suffix(".md").write_text(markdown(store.here, store.found, store.memory))
         draw([m for m in store.found if m.point not in UNSHARED], options.picture)
+        if directory == ROOT / "bench" / "results" and len(store.found) == len(UNSHARED + GRID):
+            table = f"../bench/results/{store.file.parent.name}/prefix_grid.md"
+            fill_page(section(store.here, store.found, store.memory, table))
 
 
 def fill(store: Store, options: argparse.Namespace, size: Size) -> None:

