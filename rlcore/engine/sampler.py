@@ -47,10 +47,13 @@ def sample(
     """Samples `samples` answers per prompt from a Hugging Face causal LM; see the module's docstring.
 
     `generator` lives on the model's device. An answer ends with its end token or at `max_new_tokens`.
-    Raises ValueError for prompts so long that rotary frequencies would depend on the longest of the answers.
+    Raises ValueError for empty prompts, and for those so long that rotary frequencies would depend on the longest
+    answer.
     """
     limit = max_depth(unwrap(model))
     for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompts[{i}]: expected at least one token, got none")
         check_depth(f"prompts[{i}]", len(prompt), max_new_tokens, limit)
     device = generator.device
     rows = len(prompts) * samples

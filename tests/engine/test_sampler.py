@@ -195,6 +195,11 @@ def test_truncated_sampling_reports_both_log_probs(small):
             assert abs(float(out.model_logp[row, t] - logp[t, token])) < 3e-5
 
 
+def test_an_empty_prompt_is_named(small):
+    with pytest.raises(ValueError, match=r"prompts\[1\]: expected at least one token, got none"):
+        run(small, [[5], [], [6]])
+
+
 def test_refuses_depths_at_which_rows_depend_on_each_other():
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = build("Llama", rope_parameters=rope, max_position_embeddings=12).eval()
