@@ -24,8 +24,10 @@ OBJECTIVE = rl.Objective(clip=(0.2, 0.28), entropy=0.01, kl=KL("k3", 0.01))
 
 
 def problem(device: str, lengths=(3, 1, 5, 4), H: int = 16, V: int = 37, dtype=torch.float32) -> dict:
-    """Tensors of one step: two sequences per group, the second row of each sequence masked."""
+    """Tensors of one step and its tree: two sequences per group, the first row of each sequence masked."""
     N, S = sum(lengths), len(lengths)
+    answers = [[[2] * n for n in lengths[s : s + 2]] for s in range(0, S, 2)]
+    tree = rl.PrefixTree.from_groups([[1] * (1 + s % 5) for s in range(len(answers))], answers)
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     mask = torch.ones(N, dtype=torch.bool)
     mask[offsets[:-1]] = torch.tensor([length == 1 for length in lengths])
@@ -33,7 +35,7 @@ def problem(device: str, lengths=(3, 1, 5, 4), H: int = 16, V: int = 37, dtype=t
         "hidden": torch.randn(N, H).to(dtype), "weight": (torch.randn(V, H) * H**-0.5).to(dtype),
         "target": torch.randint(V, (N,)), "offsets": offsets, "mask": mask, "reward": torch.rand(S),
         "token_reward": torch.randn(N), "value": torch.randn(N), "group": torch.arange(S) // 2,
-        "old": -torch.rand(N), "ref": -torch.rand(N),
+        "old": -torch.rand(N), "ref": -torch.rand(N), "tree": tree, "states": torch.randn(tree.M, 2 * H).to(dtype),
     }  # fmt: skip
     return {name: x.to(device) for name, x in made.items()}
 
@@ -58,7 +60,14 @@ def in_parts(x: dict) -> tuple:
     return loss + 0.5 * critic, metrics["entropy"], metrics["clip_fraction"]
 
 
-LEAVES = {folded: ("hidden", "weight"), in_parts: ("hidden", "weight", "value")}
+def packed(x: dict) -> tuple:
+    """Attention over a tree of prompts and answers in front of it."""
+    q, k, v = x["states"].unflatten(1, (4, 8)).split((2, 1, 1), dim=1)
+    o = rl.prefix_attention(q, k, v, x["tree"])
+    return folded(x | {"hidden": o.flatten(1)[x["tree"].loss_rows]})
+
+
+LEAVES = {folded: ("hidden", "weight"), in_parts: ("hidden", "weight", "value"), packed: ("states", "weight")}
 
 
 def step(f, x: dict, leaves: tuple[str, ...]) -> list:
@@ -82,7 +91,7 @@ def test_compiles_whole(f, device, backend):
 def test_the_two_forms_agree():
     """They have the same log-probs and entropies, and other advantages."""
     x = problem("cpu")
-    one, other = (step(f, x, LEAVES[f]) for f in LEAVES)
+    one, other = (step(f, x, LEAVES[f]) for f in (folded, in_parts))
     assert all(y.isfinite().all() for y in one + other)
     torch.testing.assert_close(one[1], other[1])
 
@@ -115,7 +124,8 @@ def test_in_a_cuda_graph(f):
     with torch.cuda.graph(graph):
         captured = step(f, x, LEAVES[f])
     for name, tensor in x.items():
-        tensor.copy_(other[name])
+        if name != "tree":  # lengths are those of the graph
+            tensor.copy_(other[name])
     graph.replay()
     for a, b in zip(captured, step(f, other, LEAVES[f]), strict=True):
         assert torch.equal(a, b)
@@ -127,5 +137,5 @@ def test_more_sequences_than_a_grid_has_rows():
     x = problem("cuda", lengths=(1, 2) * 50_000)
     for f, leaves in LEAVES.items():
         on_gpu = step(f, x, leaves)
-        on_cpu = step(f, {name: tensor.cpu() for name, tensor in x.items()}, leaves)
+        on_cpu = step(f, {name: tensor.to("cpu") for name, tensor in x.items()}, leaves)
         torch.testing.assert_close([y.cpu() for y in on_gpu], on_cpu, rtol=1e-3, atol=1e-6)
