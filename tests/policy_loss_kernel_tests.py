@@ -115,6 +115,18 @@ def test_gradients_at_ties_and_bounds_are_those_of_autograd(name, device, ratio,
             torch.testing.assert_close(metrics[key], named[key], rtol=1e-5, atol=1e-6, msg=key)
 
 
+@pytest.mark.parametrize("ratio", ["segment", "sequence"])
+def test_a_mean_log_ratio_beyond_the_bound_moves_nothing(name, device, ratio):
+    logp = torch.zeros(6)
+    batch = rl.TokenBatch(torch.zeros(6, dtype=torch.int64), torch.tensor([0, 2, 4, 6]), advantage=-torch.ones(6),
+                          old_logp=torch.tensor([-25.0, -16.0, 25.0, 16.0, -0.5, -0.25]),
+                          segment=torch.zeros(6, dtype=torch.int64))  # fmt: skip
+    objective = rl.Objective(ratio, "reinforce")
+    got = run(name, logp, batch, objective, None, device)
+    agree(got, run("reference", logp.double(), widened(batch), objective, None))
+    assert not got[2][0][:4].any() and got[2][0][4:].all()
+
+
 def test_small_differences_keep_their_digits(name, device):
     for size in (1e-2, 1e-4, 1e-6):
         x = torch.linspace(0.5, 1.5, 37) * size
