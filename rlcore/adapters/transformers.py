@@ -109,7 +109,11 @@ def trunk(model: Any, tree: PrefixTree, rows: Literal["loss", "last", "all"] = "
         return tree_hidden(inner, tree)
     reads = tree.loss_reads if rows == "loss" else tree.last_reads
     if state.narrows and 0 < reads.rows.shape[0] <= NARROW_UP_TO * tree.M:
-        return tree_hidden(inner, tree, reads.rows).index_select(0, reads.at)
+        hidden = tree_hidden(inner, tree, reads.rows)
+        # All of them come where the layer that could leave rows out was cut off after `attach`.
+        if hidden.shape[0] == reads.rows.shape[0]:
+            return hidden.index_select(0, reads.at)
+        return hidden.index_select(0, reads.rows).index_select(0, reads.at)
     return tree_hidden(inner, tree).index_select(0, tree.loss_rows if rows == "loss" else tree.last_rows)
 
 

@@ -8,6 +8,7 @@ layer's own result is the rows alone. Gradient checkpointing repeats all but the
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,56 +16,88 @@ from torch import Tensor, nn
 
 from rlcore.adapters import transformers as adapter
 
+# The rows and the number of all rows while a last layer runs; None outside, where parts compute what they are given.
+# One per thread, because several may run one model at once.
+_call = threading.local()
+
 
 class LastLayer:
     """Hooks around a decoder layer, which do nothing unless the forward call names rows. `remove` takes them off.
 
-    parts: the layer's submodules that run on the rows alone, after the attention's hook has seen which.
+    parts: the layer's submodules that run on the rows alone, in the order in which they are called.
     """
 
     def __init__(self, layer: nn.Module, attention: nn.Module, parts: list[nn.Module]) -> None:
-        self.rows: Tensor | None = None
-        self.size = 0
         self._attention = attention
         setattr(attention, adapter.LAST, True)
         self._handles = [
-            attention.register_forward_pre_hook(self._begin, with_kwargs=True),
-            layer.register_forward_hook(self._end, with_kwargs=True),
+            attention.register_forward_pre_hook(_begin, with_kwargs=True),
+            attention.register_forward_hook(_clear_after_error, always_call=True),
+            layer.register_forward_hook(_end, with_kwargs=True, always_call=True),
         ]
         for part in parts:
-            self._handles += [part.register_forward_pre_hook(self._gather), part.register_forward_hook(self._scatter)]
+            scatter = _scatter_last if part is parts[-1] else _scatter
+            self._handles.append(part.register_forward_pre_hook(_gather))
+            self._handles.append(part.register_forward_hook(scatter, always_call=True))
 
     def remove(self) -> None:
         delattr(self._attention, adapter.LAST)
         for handle in self._handles:
             handle.remove()
 
-    # The attention is where the arguments still are when a layer is recomputed; its siblings get none.
-    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.rows = kwargs.get(adapter.ROWS)
-        self.size = 0 if self.rows is None else kwargs[adapter.TREE].M
 
-    def _gather(self, module: nn.Module, args: Any) -> Any:
-        if self.rows is None:
-            return None
-        return (args[0].squeeze(0).index_select(0, self.rows)[None], *args[1:])
+def _rows() -> Tensor | None:
+    return getattr(_call, "rows", None)
 
-    def _scatter(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if self.rows is None:
-            return None
-        x = output[0] if isinstance(output, tuple) else output
-        full = x.new_zeros(self.size, x.shape[-1]).index_add_(0, self.rows, x.squeeze(0))[None]
-        return (full, *output[1:]) if isinstance(output, tuple) else full
 
-    def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        # A compiled model would see another attribute in its second call than in its first.
-        self.rows, self.size = None, 0
-        rows = kwargs.get(adapter.ROWS)
-        if rows is None:
-            return None
-        x = output[0] if isinstance(output, tuple) else output
-        read = x.squeeze(0).index_select(0, rows)[None]
-        return (read, *output[1:]) if isinstance(output, tuple) else read
+# The attention is where the arguments still are when a layer is recomputed; its siblings get none.
+def _begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    _call.rows = kwargs.get(adapter.ROWS)
+    _call.size = 0 if _call.rows is None else kwargs[adapter.TREE].M
+
+
+def _clear_after_error(module: nn.Module, args: Any, output: Any) -> None:
+    if output is None:
+        _call.rows = None
+
+
+def _gather(module: nn.Module, args: Any) -> Any:
+    rows = _rows()
+    if rows is None:
+        return None
+    x = args[0].squeeze(0)
+    if x.shape[0] != _call.size:
+        raise ValueError(f"model: expected the layers that attach saw; one more got {x.shape[0]} rows of {_call.size}")
+    return (x.index_select(0, rows)[None], *args[1:])
+
+
+def _scatter(module: nn.Module, args: Any, output: Any) -> Any:
+    rows = _rows()
+    _clear_after_error(module, args, output)
+    return None if rows is None or output is None else _scattered(output, rows, _call.size)
+
+
+def _scatter_last(module: nn.Module, args: Any, output: Any) -> Any:
+    rows = _rows()
+    # First, because a checkpoint that has recomputed all it needs leaves the layer by an error from in here.
+    _call.rows = None
+    return None if rows is None or output is None else _scattered(output, rows, _call.size)
+
+
+def _scattered(output: Any, rows: Tensor, size: int) -> Any:
+    x = output[0] if isinstance(output, tuple) else output
+    full = x.new_zeros(size, x.shape[-1]).index_add_(0, rows, x.squeeze(0))[None]
+    return (full, *output[1:]) if isinstance(output, tuple) else full
+
+
+def _end(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    _call.rows = None
+    rows = kwargs.get(adapter.ROWS)
+    if rows is None or output is None:
+        return None
+    x = output[0] if isinstance(output, tuple) else output
+    read = x.squeeze(0).index_select(0, rows)[None]
+    return (read, *output[1:]) if isinstance(output, tuple) else read
 
 
 def find(body: nn.Module, run: Callable[[], Any]) -> LastLayer:
@@ -78,13 +111,10 @@ def find(body: nn.Module, run: Callable[[], Any]) -> LastLayer:
                 handle.remove()
     # An attention module stands there twice: when it is called, and when it has its queries, keys and values.
     last = max(i for i, m in enumerate(seen) if any(m is before for before in seen[:i]))
-    attention, after = seen[last], {id(m) for m in seen[last + 1 :]}
+    attention = seen[last]
     names = {id(m): name for name, m in body.named_modules()}
     layer = body.get_submodule(names[id(attention)].rpartition(".")[0])
-    parts = [m for m in (*attention.children(), *layer.children()) if id(m) in after and _has_matrix(m)]
+    own = {id(m) for m in (*attention.children(), *layer.children()) if any(p.ndim > 1 for p in m.parameters())}
     queries = getattr(attention, "q_proj", None)
-    return LastLayer(layer, attention, [*parts, *([queries] if queries is not None else [])])
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    return any(p.ndim > 1 for p in module.parameters())
+    first = [queries] if queries is not None else []
+    return LastLayer(layer, attention, [*first, *dict.fromkeys(m for m in seen[last + 1 :] if id(m) in own)])
