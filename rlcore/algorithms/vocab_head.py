@@ -225,8 +225,6 @@ def folded(
     """
     scale = scale_of(hidden, temperature, softcap, logit_scale)._replace(bias=bias)
     dtype, N, V = scale.logit_scale.dtype, hidden.shape[0], weight.shape[0]
-    held = selection.held_bytes(hidden, dtype) if needs[0] else 0
-    bound = selection.chunk_rows(V, dtype, hidden.device, chunk_bytes, held)
     if objective.scope == "batch" and not batch.prepared:
         whole = batch.flat()
         head = (hidden, weight, whole.target.long(), whole.mask, scale)
@@ -238,10 +236,11 @@ def folded(
     target, scale = chunks.neutral(mask, prepared.batch.target.long(), scale)
     selection.check_target(target, V, rows)
     gradients = HeadGradients(hidden, weight, needs, dtype)
-    walk = Walk(hidden, weight, target, mask, scale, prepared, objective, gradients,
-                chunks.logits_buffer(weight, min(bound, selection.count(rows)), dtype), passes)  # fmt: skip
+    buffer = chunks.chunk_buffer(hidden, weight, rows, dtype, chunk_bytes, d_hidden=needs[0])
+    walk = Walk(hidden, weight, target, mask, scale, prepared, objective, gradients, buffer, passes)
+    bound = buffer.shape[0]
     losses, metrics = [], []
-    for piece in pieces(rows, N, bound, prepared.borders(objective.scope)):
+    for piece in pieces(rows, N, bound, prepared.borders(objective.scope), hidden.device):
         step = fold_piece if selection.count(piece.rows) <= bound else fold_long_piece
         loss, found = step(walk, piece)
         losses.append(loss)
@@ -333,10 +332,10 @@ def autograd_enabled() -> Iterator[None]:
         yield
 
 
-def pieces(rows: Rows, N: int, bound: int, borders: list[int] | None) -> Iterator[Piece]:
+def pieces(rows: Rows, N: int, bound: int, borders: list[int] | None, device: torch.device) -> Iterator[Piece]:
     """Cut [0, N) into pieces that hold at most `bound` rows for the GEMM, at `borders` (None: anywhere)."""
     if borders is None:
-        parts = selection.even_chunks(rows, bound)
+        parts = selection.even_chunks(rows, bound, device)
         ends = [part.stop if isinstance(part, slice) else int(part[-1]) + 1 for part in parts]
         ends = [*ends[:-1], N]
     else:

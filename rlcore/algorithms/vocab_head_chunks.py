@@ -44,6 +44,15 @@ def logits_buffer(weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     return weight.new_empty((rows, width), dtype=dtype)[:, :V]
 
 
+def chunk_buffer(
+    hidden: Tensor, weight: Tensor, rows: Rows, dtype: torch.dtype, chunk_bytes: int | None, *, d_hidden: bool
+) -> Tensor:
+    """`logits_buffer` of as many of the rows as a chunk may hold, beside a `d_hidden` if one is made."""
+    held = selection.held_bytes(hidden, dtype) if d_hidden else 0
+    bound = selection.chunk_rows(weight.shape[0], dtype, hidden.device, chunk_bytes, held)
+    return logits_buffer(weight, min(bound, selection.count(rows)), dtype)
+
+
 def forward_chunks(
     hidden: Tensor,
     weight: Tensor,
@@ -73,9 +82,8 @@ def forward_chunks(
     stats = empty_statistics(N, dtype, hidden.device)
     slope = HeadGradients(hidden, weight, (gradient, False, False), dtype)
     if buffer is None:
-        bound = selection.chunk_rows(V, dtype, hidden.device, chunk_bytes)
-        buffer = logits_buffer(weight, min(bound, selection.count(rows)), dtype)
-    for part in selection.even_chunks(rows, buffer.shape[0]):
+        buffer = chunk_buffer(hidden, weight, rows, dtype, chunk_bytes, d_hidden=gradient)
+    for part in selection.even_chunks(rows, buffer.shape[0], hidden.device):
         h = selection.take_hidden(hidden, part, mask, products.product_dtype(weight, dtype))
         z = products.project(h, weight, buffer[: selection.count(part)])
         found = row_statistics(passes, z, target, part, scale, entropy, further)
@@ -87,11 +95,11 @@ def forward_chunks(
             d_logits, _ = passes.gradient(z, target[part], found, d, here, raw=False, dtype=h.dtype)
             slope.add(part, h, weight, d_logits, factor)
     if mask is not None and not selection.compacts(mask.device):
-        stats = RowStatistics(*(torch.where(mask, x, 0) for x in stats))
+        stats = stats.where(mask)
         if further is not None:
             clear(further, mask)
         if gradient:
-            slope.hidden = torch.where(mask[:, None], slope.hidden, 0)
+            slope.hidden.masked_fill_(~mask[:, None], 0)
     return stats, slope.hidden
 
 
@@ -111,9 +119,8 @@ def backward_chunks(
     chunk_bytes: int | None = None,
 ) -> None:
     """Recompute form: logits again, then d logits in place, then two GEMMs (6NHV), over rows with a coefficient."""
-    N, V, dtype = hidden.shape[0], weight.shape[0], scale.logit_scale.dtype
-    if mask is not None:
-        d = Coefficients(*(None if x is None else torch.where(mask, x, 0) for x in d))  # type: ignore[arg-type]
+    N, dtype = hidden.shape[0], scale.logit_scale.dtype
+    d = d.where(mask)
     if rows is None:
         rows = selection.kept_rows(d.nonzero(), N)
     else:
@@ -121,9 +128,8 @@ def backward_chunks(
         rows = selection.keep_within(rows, keep)
     target, scale = neutral(mask, target, scale)
     if buffer is None:
-        bound = selection.chunk_rows(V, dtype, hidden.device, chunk_bytes)
-        buffer = logits_buffer(weight, min(bound, selection.count(rows)), dtype)
-    for part in selection.even_chunks(rows, buffer.shape[0]):
+        buffer = chunk_buffer(hidden, weight, rows, dtype, chunk_bytes, d_hidden=gradients.needs[0])
+    for part in selection.even_chunks(rows, buffer.shape[0], hidden.device):
         h = selection.take_hidden(hidden, part, mask, products.product_dtype(weight, dtype))
         z = products.project(h, weight, buffer[: selection.count(part)])
         found, here = stats.of(part), scale.of(part)

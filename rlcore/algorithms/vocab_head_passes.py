@@ -59,6 +59,10 @@ class RowStatistics(NamedTuple):
     def contiguous(self) -> RowStatistics:
         return RowStatistics(*(x.contiguous() for x in self))
 
+    def where(self, keep: Tensor) -> RowStatistics:
+        """0 elsewhere, whatever is there."""
+        return RowStatistics(*(torch.where(keep, x, 0) for x in self))
+
 
 class Further(NamedTuple):
     """Per row [n], where asked for: the likeliest entry (of several the lowest), int64, and sum_v p_v^2.
@@ -87,6 +91,13 @@ class Coefficients(NamedTuple):
 
     def contiguous(self) -> Coefficients:
         return Coefficients(self.logp.contiguous(), None if self.entropy is None else self.entropy.contiguous())
+
+    def where(self, keep: Tensor | None) -> Coefficients:
+        """0 elsewhere, whatever is there; None keeps all."""
+        if keep is None:
+            return self
+        entropy = None if self.entropy is None else torch.where(keep, self.entropy, 0)
+        return Coefficients(torch.where(keep, self.logp, 0), entropy)
 
     def nonzero(self) -> Tensor:
         return self.logp != 0 if self.entropy is None else (self.logp != 0) | (self.entropy != 0)

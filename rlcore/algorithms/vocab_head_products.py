@@ -121,7 +121,7 @@ def project_back(d_logits: Tensor, weight: Tensor, out: Tensor, factor: Tensor |
     if weight.dtype == d_logits.dtype:
         return multiply(d_logits, weight, out, factor)
     for columns, w in weight_tiles(weight, d_logits.dtype):
-        (multiply if columns.start == 0 else multiply_add)(d_logits[:, columns], w, out)
+        (multiply if columns.start == 0 else multiply_add)(d_logits[:, columns], w, out, factor)
     return out
 
 

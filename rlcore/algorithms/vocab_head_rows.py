@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -59,12 +60,17 @@ def blocks(n: int, V: int, dtype: torch.dtype, device: torch.device) -> Iterator
         yield slice(start, min(start + step, n))
 
 
-def even_chunks(rows: Rows, bound: int) -> Iterator[Rows]:
-    """Cut rows into as few chunks as the bound allows, of even size."""
+def even_chunks(rows: Rows, bound: int, device: torch.device) -> Iterator[Rows]:
+    """Cut rows into as few chunks as the bound allows, of even size; on a GPU between blocks, if the bound is so too.
+
+    On a CPU chunks of 768 and 232 rows were no faster than two of 500.
+    """
     n = count(rows)
     parts = -(-n // max(bound, 1))  # a buffer for no rows has none
-    for i in range(parts):
-        start, stop = n * i // parts, n * (i + 1) // parts
+    block = of_device(ROW_BLOCK, device)
+    block = 1 if compacts(device) or bound % block else block
+    borders = [-(-(n * i // parts) // block) * block for i in range(parts)]
+    for start, stop in itertools.pairwise([*borders, n]):
         yield slice(rows.start + start, rows.start + stop) if isinstance(rows, slice) else rows[start:stop]
 
 

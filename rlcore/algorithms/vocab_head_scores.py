@@ -22,7 +22,7 @@ def is_even(logits: Tensor) -> bool:
 def block_rows(logits: Tensor, dtype: torch.dtype) -> int:
     """Rows of a block: on a CPU a block for the cache of each core, for one thread works on whole rows."""
     cores = torch.get_num_threads() if logits.device.type == "cpu" else 1
-    size = selection.BLOCK_BYTES.get(logits.device.type, selection.BLOCK_BYTES["default"])
+    size = selection.of_device(selection.BLOCK_BYTES, logits.device)
     step = cores * max(1, size // (logits.shape[-1] * dtype.itemsize))
     return max(1, min(step, logits.shape[:-1].numel()))
 
@@ -84,7 +84,7 @@ def statistics(
         for x, y in zip(stats, found, strict=True):
             x[rows] = y
     if keep is not None and not selection.compacts(keep.device):
-        stats = RowStatistics(*(torch.where(keep, x, 0) for x in stats))
+        stats = stats.where(keep)
         if further is not None:
             reference.clear(further, keep)
     return stats
@@ -106,8 +106,7 @@ def gradient(
     Rows without a coefficient are 0 and never read on CPU.
     """
     dtype = scale.logit_scale.dtype
-    if keep is not None:
-        d = Coefficients(*(None if x is None else torch.where(keep, x, 0) for x in d))  # type: ignore[arg-type]
+    d = d.where(keep)
     target, scale = chunks.neutral(keep, target, scale)
     out = logits if in_place else torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
     moved = d.nonzero() if selection.compacts(logits.device) else keep

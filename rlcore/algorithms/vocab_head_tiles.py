@@ -74,8 +74,7 @@ def backward_tiles(
 ) -> Gradients:
     """`backward` by tiles of at most `chunk_bytes` of logits (one column at least), all rows at once."""
     (N, H), V, dtype = hidden.shape, weight.shape[0], scale.logit_scale.dtype
-    if mask is not None:
-        d = Coefficients(*(None if x is None else torch.where(mask, x, 0) for x in d))  # type: ignore[arg-type]
+    d = d.where(mask)
     target, scale = chunks.neutral(mask, target, scale)
     h = selection.take_hidden(hidden, slice(0, N), mask, products.product_dtype(weight, dtype))
     d, factor = to_fit(d, stats, scale, h.dtype)

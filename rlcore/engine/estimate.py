@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rlcore as rl
 from rlcore.adapters.transformers import decoder, unwrap
-from rlcore.algorithms.vocab_head_rows import CHUNK_BYTES
+from rlcore.algorithms.vocab_head_rows import logits_bytes
 from rlcore.engine import lora
 from rlcore.engine.config import Config
 from rlcore.engine.config_file import flatten, to_toml
@@ -133,19 +133,13 @@ def estimate(config: Config, model: Any, prompt: float, longest: int) -> Estimat
     rollout, update = config.rollout, config.update
     weights, trained = bytes_of(model.parameters()), bytes_of(p for p in model.parameters() if p.requires_grad)
     head = model.get_output_embeddings().weight
-    V, H = head.shape
-    T = rollout.max_new_tokens
+    V, T = head.shape[0], rollout.max_new_tokens
 
     padded = update.layout == "padded"
     answers, tokens = largest_pack(config, prompt, padded)
-    logits = int(tokens) * V * FLOAT
-    chunk = min(logits, CHUNK_BYTES["cpu"] if config.device == "cpu" else CHUNK_BYTES["default"])
-
     rows = max(rollout.prompts * rollout.samples, config.eval.batch * config.eval.samples)
     critic = "critic" in rl.methods()[config.method].needs
     kept = of_forward_pass(model, config)
-    # The folded head keeps its gradients of weight and hidden until the loss is scaled.
-    folded = chunk + (V * H * FLOAT if head.requires_grad else 0) + answers * H * FLOAT
     return Estimate(
         sum(parameter.numel() for parameter in model.parameters()),
         lasting={
@@ -164,10 +158,23 @@ def estimate(config: Config, model: Any, prompt: float, longest: int) -> Estimat
         update={
             "gradients": trained * (2 if critic else 1),
             "activations": int(tokens * kept.activations),
-            "logits": LOSS_TABLES * logits if padded else folded,
+            "logits": LOSS_TABLES * int(tokens) * V * FLOAT if padded else of_folded_head(config, head, answers),
             "weights in bfloat16": kept.casts,
         },
     )
+
+
+def of_folded_head(config: Config, head: Tensor, rows: int) -> int:
+    """Logits of a chunk, and the gradients of weight and hidden, which wait in float32 for the loss to be scaled.
+
+    On a GPU a float32 d hidden beside one in 16 bits is part of the budget for logits.
+    """
+    V, H = head.shape
+    d_hidden = rows * H * FLOAT
+    on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+    held = d_hidden if config.model.dtype == "bfloat16" and not on_cpu else 0
+    logits = min(rows * V * FLOAT, logits_bytes(torch.device("cpu" if on_cpu else "cuda"), None, held))
+    return logits + (V * H * FLOAT if head.requires_grad else 0) + d_hidden
 
 
 def largest_pack(config: Config, prompt: float, padded: bool) -> tuple[int, float]:

@@ -67,7 +67,7 @@ def statistics_(
 
 def fill(further: Further, a: Tensor, stats: RowStatistics, scale: Scale) -> None:
     """By torch, which bends logits in place, and these are to stay: from copies of a few rows at a time."""
-    for rows in selection.even_chunks(slice(0, a.shape[0]), max(1, COPY_BYTES // (4 * a.shape[1]))):
+    for rows in selection.even_chunks(slice(0, a.shape[0]), max(1, COPY_BYTES // (4 * a.shape[1])), a.device):
         bent = reference.bend_(a[rows].to(torch.float32, copy=True), scale.of(rows))
         reference.bent_further(further.of(rows), bent, stats.of(rows), scale.of(rows))
 

@@ -88,7 +88,7 @@ class VocabParallelLogprob(Function):
         )  # fmt: skip
         stats, further = merged(own, further, target, first, weight.shape[0], group)
         if mask is not None:
-            stats = RowStatistics(*(torch.where(mask, x, 0) for x in stats))
+            stats = stats.where(mask)
             if further is not None:
                 reference.clear(further, mask)
         ctx.save_for_backward(hidden, weight, bias, target, mask, temperature, softcap, logit_scale, *stats)

@@ -2,8 +2,8 @@
 
 Rows are flat: hidden [N, H], target and mask [N], temperature 0-d or [N]. Numbers are tensors, so that no value is a
 constant of a compiled graph. Gradients come back in the statistics' dtype (float32 or float64; on a GPU d weight by
-recompute in the weight's), empty where not needed. `chunk_bytes` bounds the
-logits held at once. `requested` is the backend, "" for the fastest: a backward pass is given what forward ran on.
+recompute in the weight's), empty where not needed. `chunk_bytes` bounds the logits held at once. `requested` is the
+backend, "" for the fastest: a backward pass is given what forward ran on.
 An autograd formula on an op that returns d weight copies it; differentiation is in `vocab_head_autograd`.
 """
 

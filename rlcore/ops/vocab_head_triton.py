@@ -126,7 +126,7 @@ def score_statistics(
         return stats
     if further is not None:
         reference.clear(further, keep)
-    return RowStatistics(*(torch.where(keep, x, 0) for x in stats))
+    return stats.where(keep)
 
 
 def score_gradient(
@@ -142,8 +142,7 @@ def score_gradient(
     """`scores.gradient` in one launch; masked rows are not read."""
     if not is_triton(logits):
         return scores.gradient(logits, target, keep, scale, stats, d, in_place=in_place)
-    if keep is not None:
-        d = Coefficients(*(None if x is None else torch.where(keep, x, 0) for x in d))  # type: ignore[arg-type]
+    d = d.where(keep)
     out = logits if in_place else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     return write_gradient(logits, out, target, stats, d, scale)
 

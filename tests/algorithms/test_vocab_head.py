@@ -116,7 +116,7 @@ def test_pieces_cover_every_row_once(keep, bound, cuts, anywhere):
     N = len(keep)
     rows = selection.kept_rows(torch.tensor(keep), N)
     borders = None if anywhere else sorted([0, N, *(c for c in cuts if c <= N)])
-    found = list(vh.pieces(rows, N, bound, borders))
+    found = list(vh.pieces(rows, N, bound, borders, torch.device("cpu")))
     assert [p.start for p in found] == [0, *(p.stop for p in found[:-1])] and found[-1].stop == N
     for p in found:
         inside = [i for i in range(p.start, p.stop) if keep[i]]

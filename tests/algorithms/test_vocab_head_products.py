@@ -174,6 +174,52 @@ def test_chunks_of_a_gpu_are_whole_tiles_and_begin_aligned():
     assert buffer.shape == (8, 50257) and buffer.stride() == (50304, 1)
 
 
+@pytest.mark.parametrize(("n", "bound"), [(8192, 4096), (32768, 3328), (129, 128), (300, 256), (4000, 4096), (50, 20),
+                                          (0, 128), (0, 0)])  # fmt: skip
+def test_chunks_of_a_gpu_are_as_few_as_can_be_and_end_between_tiles(n, bound):
+    for rows in (slice(7, 7 + n), torch.arange(n)):
+        cut = list(selection.even_chunks(rows, bound, torch.device("meta")))
+        places = [list(range(x.start, x.stop)) if isinstance(x, slice) else x.tolist() for x in cut]
+        assert [i for x in places for i in x] == list(range(n + 7)[rows] if isinstance(rows, slice) else range(n))
+        assert len(cut) == -(-n // max(bound, 1)) and all(0 < len(x) <= bound for x in places)
+        if bound % 128 == 0:
+            assert all(len(x) % 128 == 0 for x in places[:-1])
+
+
+@pytest.mark.parametrize("mode", ["folded", "recompute", "chunks", "frozen"])
+def test_a_float32_d_hidden_leaves_less_for_logits(as_on_a_gpu, monkeypatch, mode):
+    """As on a GPU: of 16-bit operands, where one is made."""
+    original, seen = chunks.logits_buffer, []
+
+    def spy(weight, rows, dtype):
+        seen.append(rows)
+        return original(weight, rows, dtype)
+
+    monkeypatch.setattr(chunks, "logits_buffer", spy)
+    case = make("random", "plain", torch.bfloat16, shape=(150,)).fresh()
+    monkeypatch.setitem(selection.CHUNK_BYTES, "cpu", 50 * 123 * 4 + 150 * case.hidden.shape[1] * 4)
+    monkeypatch.setitem(selection.ROW_BLOCK, "cpu", 1)
+    whole = selection.chunk_rows(123, torch.float32, case.hidden.device)
+    assert whole > 50
+    batch = TokenBatch(case.target, torch.tensor([0, 150]), advantage=torch.randn(150))
+    if mode == "folded":
+        linear_policy_loss(case.hidden, case.weight, batch, Objective("none", "reinforce"))
+        assert seen == [50]
+    elif mode == "frozen":
+        linear_logprob(case.hidden, case.weight.detach(), case.target)
+        assert seen == [50]
+    else:
+        hidden = case.hidden if mode == "chunks" else case.hidden.detach()
+        linear_logprob(hidden, case.weight, case.target).logp.sum().backward()
+        assert seen == [whole, 50 if mode == "chunks" else whole]
+
+
+def test_a_factor_meets_products_of_an_upcast_weight():
+    d_logits, weight = torch.randn(5, 7), torch.randn(7, 3).bfloat16()
+    found = products.project_back(d_logits, weight, torch.empty(5, 3), torch.tensor(0.25))
+    torch.testing.assert_close(found, 0.25 * d_logits @ weight.float())
+
+
 def test_torch_takes_the_products_as_they_are_called():
     """The signatures of the mixed products, which the CPU has none of."""
     a, b = (torch.empty(4, 4, dtype=torch.bfloat16, device="meta") for _ in range(2))

@@ -14,7 +14,7 @@ import torch
 import rlcore as rl
 from rlcore.cli import main
 from rlcore.engine.config_file import load_toml, to_toml
-from rlcore.engine.estimate import estimate, largest_pack, of_forward_pass, shape_of
+from rlcore.engine.estimate import estimate, largest_pack, of_folded_head, of_forward_pass, shape_of
 from rlcore.engine.policy import Policy
 
 
@@ -85,6 +85,22 @@ def test_a_run_that_can_not_be_is_refused(capsys, tiny, tmp_path):
     for options in (["--rollout.max-new-tokens", "5000"], ["--model.path", "/nope/x"], ["--task.name", "chainsum"]):
         assert main(["train", "--config", str(tmp_path / "given.toml"), "--dry-run", *options]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("rows", [8192, 32768])
+def test_the_head_of_a_large_model(tiny, rows):
+    """On a GPU a float32 d hidden beside one in 16 bits is part of the 157 * 2^24 bytes for logits."""
+    head = torch.empty(151936, 4096, device="meta")
+    d_weight, d_hidden = 4 * 151936 * 4096, 4 * rows * 4096
+    for device, dtype, expected in (
+        ("cuda", "bfloat16", 157 * 2**24), ("cuda:1", "float32", 157 * 2**24 + d_hidden),
+        ("cpu", "bfloat16", 51 * 2**20 + d_hidden),
+    ):  # fmt: skip
+        config = tiny(device=device, model__dtype=dtype)
+        assert of_folded_head(config, head, rows) == expected
+        assert of_folded_head(config, head.requires_grad_(), rows) == expected + d_weight
+        head = head.detach()
+    assert of_folded_head(tiny(), head, 2) == 2 * 4 * (151936 + 4096)
 
 
 def test_what_is_kept_for_the_backward_pass(tiny, small):
