@@ -6,7 +6,8 @@ from contextlib import suppress
 import pytest
 import torch
 
-pytest.register_assert_rewrite("policy_loss_kernel_tests")  # imported by tests, not one itself
+# Imported by tests, not one themselves.
+pytest.register_assert_rewrite("policy_loss_kernel_tests", "incoming_gradient_tests")
 
 with suppress(ModuleNotFoundError):  # a machine with a GPU may lack it: tests that need it are not collected there
     from hypothesis import settings

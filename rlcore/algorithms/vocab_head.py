@@ -247,7 +247,8 @@ def folded(
         metrics.append(found)
     loss = torch.stack(losses).sum()
     if objective.debug:
-        stats, _ = chunks.forward_chunks(hidden, weight, target, mask, scale, entropy=True)
+        head = (hidden, weight, target, mask, scale)
+        stats, _ = chunks.forward_chunks(*head, entropy=True, buffer=buffer, passes=passes)
         check_two_chunks(loss, stats.logp, stats.entropy, prepared, objective)
     return Folded(loss, merge_metrics(metrics), gradients.hidden, gradients.weight, gradients.bias)
 

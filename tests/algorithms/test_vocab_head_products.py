@@ -186,7 +186,7 @@ def test_chunks_of_a_gpu_are_as_few_as_can_be_and_end_between_tiles(n, bound):
             assert all(len(x) % 128 == 0 for x in places[:-1])
 
 
-@pytest.mark.parametrize("mode", ["folded", "recompute", "chunks", "frozen"])
+@pytest.mark.parametrize("mode", ["folded", "debugged", "recompute", "chunks", "frozen"])
 def test_a_float32_d_hidden_leaves_less_for_logits(as_on_a_gpu, monkeypatch, mode):
     """As on a GPU: of 16-bit operands, where one is made."""
     original, seen = chunks.logits_buffer, []
@@ -202,8 +202,10 @@ def test_a_float32_d_hidden_leaves_less_for_logits(as_on_a_gpu, monkeypatch, mod
     whole = selection.chunk_rows(123, torch.float32, case.hidden.device)
     assert whole > 50
     batch = TokenBatch(case.target, torch.tensor([0, 150]), advantage=torch.randn(150))
-    if mode == "folded":
-        linear_policy_loss(case.hidden, case.weight, batch, Objective("none", "reinforce"))
+    if mode in ("folded", "debugged"):
+        debugged = Objective.custom(lambda logp, entropy, batch: (-batch.advantage * logp, {}), debug=True)
+        objective = debugged if mode == "debugged" else Objective("none", "reinforce")
+        linear_policy_loss(case.hidden, case.weight, batch, objective)
         assert seen == [50]
     elif mode == "frozen":
         linear_logprob(case.hidden, case.weight.detach(), case.target)
