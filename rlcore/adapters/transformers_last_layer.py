@@ -100,21 +100,26 @@ def _end(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> A
     return (read, *output[1:]) if isinstance(output, tuple) else read
 
 
-def find(body: nn.Module, run: Callable[[], Any]) -> LastLayer:
-    """Hooks the layer that attends last while `run` passes a tree through the decoder `body`."""
-    with adapter.witnesses() as seen:
-        handles = [m.register_forward_pre_hook(lambda m, _: seen.append(m)) for m in body.modules()]
+def find(body: nn.Module, run: Callable[[], Any]) -> LastLayer | None:
+    """Hooks the layer that attends last while `run` passes a tree through the decoder `body`.
+
+    None where it has hooks already: a model that shares its decoder was attached before.
+    """
+    calls: list[tuple[nn.Module, int]] = []
+    with adapter.witnesses() as attended:
+        handles = [m.register_forward_pre_hook(lambda m, _: calls.append((m, len(attended)))) for m in body.modules()]
         try:
             run()
         finally:
             for handle in handles:
                 handle.remove()
-    # An attention module stands there twice: when it is called, and when it has its queries, keys and values.
-    last = max(i for i, m in enumerate(seen) if any(m is before for before in seen[:i]))
-    attention = seen[last]
+    attention = attended[-1]
+    if getattr(attention, adapter.LAST, False):
+        return None
+    after = [m for m, before in calls if before == len(attended)]
     names = {id(m): name for name, m in body.named_modules()}
     layer = body.get_submodule(names[id(attention)].rpartition(".")[0])
     own = {id(m) for m in (*attention.children(), *layer.children()) if any(p.ndim > 1 for p in m.parameters())}
     queries = getattr(attention, "q_proj", None)
     first = [queries] if queries is not None else []
-    return LastLayer(layer, attention, [*first, *dict.fromkeys(m for m in seen[last + 1 :] if id(m) in own)])
+    return LastLayer(layer, attention, [*first, *dict.fromkeys(m for m in after if id(m) in own)])

@@ -6,6 +6,8 @@ float64 and machines without the extension take the composition and the blocks o
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(o [M, Hq, D] in q's dtype, lse [M, Hq] float32); shapes as in `algorithms.prefix_attention.blocked_forward`.
 
-    rows [n]: those that are read. Where a tile of queries holds none of them, o and lse are 0, and dq below.
+    rows [n]: those that are read. Where a tile of queries holds none of them, o is 0, and dq below; lse is inf, so
+    that a sink gets no gradient from there.
     """
     module = backend.native()
     assert module is not None
@@ -51,8 +54,10 @@ def forward(
     q, k, v = _wide(q), _wide(k), _wide(v)
     s = None if sink is None else sink.float().contiguous()
     read = _mask(rows, q)
-    new = torch.empty if read is None else torch.zeros
-    o, lse = new(q.shape), new(q.shape[:2])
+    if read is None:
+        o, lse = torch.empty(q.shape), torch.empty(q.shape[:2])
+    else:
+        o, lse = torch.zeros(q.shape), torch.full(q.shape[:2], math.inf)
     table = node_table.contiguous()
     module.prefix_attention_forward(
         *_problem(table, q, k, v), scale, window or 0, softcap or 0.0, _address(s), _address(read),

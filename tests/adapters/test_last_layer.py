@@ -45,6 +45,38 @@ def test_layers_added_after_attach():
         trunk(model, TREE)
 
 
+def test_two_models_share_a_decoder():
+    """A critic on the policy's trunk: attaching it leaves the hooks as they are, and both leave rows out."""
+    policy, critic = attach(build("Qwen3")), build("Qwen3", kind="ForTokenClassification", num_labels=1)
+    critic.model = policy.model
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in policy.modules()]
+    attach(critic)
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in policy.modules()] == hooks
+    seen = []
+    policy.model.layers[-1].mlp.act_fn.register_forward_hook(lambda m, a, o: seen.append(o.shape[1]))
+    assert torch.equal(trunk(policy, TREE), trunk(critic, TREE))
+    assert seen == [len(TREE.loss_rows.unique())] * 2
+    assert_exact(policy)
+
+
+def test_layers_share_an_mlp():
+    """It leaves rows out in the last layer alone, and when layers are recomputed too."""
+    model = build("Qwen3")
+    for layer in model.model.layers:
+        layer.mlp = model.model.layers[0].mlp
+    attach(model).train().gradient_checkpointing_enable({"use_reentrant": False})
+    seen, results = [], []
+    model.model.layers[0].mlp.act_fn.register_forward_hook(lambda m, a, o: seen.append(o.shape[1]))
+    trunk(model, TREE)
+    n = len(TREE.loss_rows.unique())
+    assert seen == [TREE.M, TREE.M, n]
+    for logits in (lambda: tree_logits(model, TREE), lambda: single_logits(model, TREE, SEQUENCES)):
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(logits(), TREE.target).backward()
+        results.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("part", ["self_attn", "self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"])
 def test_parts_replaced_after_attach(part):
     model = attach(build("Qwen3"))

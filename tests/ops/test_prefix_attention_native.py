@@ -225,6 +225,22 @@ def test_tiles_that_nobody_reads_cost_nothing():
     torch.testing.assert_close(torch.autograd.grad(o, leaves, do), expected)
 
 
+def test_a_large_sink_has_no_part_in_rows_that_nobody_reads():
+    """exp(sink) alone is inf here; the gradients are those of all rows."""
+    tree, _ = FORESTS["long"]
+    q, k, v, do, sink = problem(tree)
+    do[: tree.M - 1] = 0
+    rows = torch.tensor([tree.M - 1])
+    inputs = q, k, v, 100 + sink
+    results = []
+    for read in (None, rows):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        *q_k_v, s = leaves
+        o = rl.prefix_attention(*q_k_v, tree, sink=s, rows=read)
+        results.append(torch.autograd.grad(o, leaves, do))
+    torch.testing.assert_close(*results)
+
+
 def test_the_rest_of_the_batch_changes_nothing():
     """A tree's rows are the same whatever else is packed beside it, and NaN in one tree stays there."""
     alone = PrefixTree.from_groups([[1] * 40], [[[2] * 30, [3] * 5, []]])
