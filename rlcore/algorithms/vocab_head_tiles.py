@@ -92,6 +92,8 @@ def backward_tiles(
         d_logits, _ = passes.gradient(z, target - start, stats, d, here, raw=True, dtype=h.dtype)
         if needs[0]:
             products.multiply_add(d_logits, w, d_hidden)
+        # Added in float32; parts of a split sum may meet in 16 bits where torch lets them, as in any linear layer
+        # (torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction).
         if needs[1] and d_weight.dtype == h.dtype:
             products.multiply(d_logits.t(), h, d_weight[tile], factor)
         elif needs[1]:
