@@ -120,3 +120,19 @@ def large(ratio, aggregate):
         ref_logp=near(), rollout_logp=near(), weight=torch.rand(n), segment=torch.arange(n) // 7 % 3,
     )  # fmt: skip
     return logp, torch.rand(n), batch, objective
+
+
+def padded(
+    logp: torch.Tensor, entropy: torch.Tensor, batch: rl.TokenBatch
+) -> tuple[torch.Tensor, torch.Tensor, rl.TokenBatch, torch.Tensor]:
+    """The packed sequences of LENGTHS in a rectangle, garbage in the padding; last, the place of each packed row."""
+    width = max(LENGTHS) + 2
+    place = torch.tensor([s * width + i for s, n in enumerate(LENGTHS) for i in range(n)])
+
+    def pad(x: torch.Tensor, fill: float) -> torch.Tensor:
+        return torch.full((len(LENGTHS) * width,), fill, dtype=x.dtype).index_copy(0, place, x).reshape(-1, width)
+
+    fields = {name: pad(getattr(batch, name), torch.nan) for name in FIELDS if name not in ("logp", "entropy")}
+    fields |= {name: pad(getattr(batch, name), False) for name in ("mask", "kl_mask")}
+    rectangle = rl.TokenBatch(pad(batch.target, -100), segment=pad(batch.segment, 0), **fields)
+    return pad(logp.detach(), torch.nan), pad(entropy.detach(), torch.nan), rectangle, place

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policy_loss_cases import CUBE, FIELDS, LENGTHS, make_batch, make_case, make_objective, rich
+from policy_loss_cases import CUBE, make_batch, make_case, make_objective, padded, rich
 
 import rlcore as rl
 from oracles import policy_loss as oracle
@@ -45,17 +45,9 @@ def test_packed_equals_padded(ratio, surrogate, aggregate):
     logp, entropy, batch = make_batch(case)
     loss, metrics = rl.policy_loss(logp, batch, objective, entropy=entropy)
     grad = torch.autograd.grad(loss, logp)[0]
-    width = max(LENGTHS) + 2
-    place = torch.tensor([s * width + i for s, n in enumerate(LENGTHS) for i in range(n)])
-
-    def pad(x: torch.Tensor, fill: float) -> torch.Tensor:
-        return torch.full((len(LENGTHS) * width,), fill, dtype=x.dtype).index_copy(0, place, x).reshape(-1, width)
-
-    fields = {name: pad(getattr(batch, name), torch.nan) for name in FIELDS if name not in ("logp", "entropy")}
-    fields |= {name: pad(getattr(batch, name), False) for name in ("mask", "kl_mask")}
-    padded = rl.TokenBatch(pad(batch.target, -100), segment=pad(batch.segment, 0), **fields)
-    x = pad(logp.detach(), torch.nan).requires_grad_()
-    padded_loss, padded_metrics = rl.policy_loss(x, padded, objective, entropy=pad(entropy.detach(), torch.nan))
+    x, scores, rectangle, place = padded(logp, entropy, batch)
+    x.requires_grad_()
+    padded_loss, padded_metrics = rl.policy_loss(x, rectangle, objective, entropy=scores)
     torch.testing.assert_close(padded_loss, loss, rtol=1e-12, atol=1e-13)
     padded_grad = torch.autograd.grad(padded_loss, x)[0]
     assert padded_grad.shape == x.shape

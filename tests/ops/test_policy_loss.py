@@ -10,7 +10,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from policy_loss_cases import CUBE, FIELDS, LENGTHS, RATIOS, SURROGATES, make_batch, make_case, make_objective, rich
+from policy_loss_cases import (
+    CUBE,
+    FIELDS,
+    RATIOS,
+    SURROGATES,
+    make_batch,
+    make_case,
+    make_objective,
+    padded,
+    rich,
+)
 
 import rlcore as rl
 from accuracy import assert_accurate
@@ -206,17 +216,8 @@ def test_micro_batches_and_padding(ratio, surrogate, aggregate):
         for key in metrics:
             torch.testing.assert_close(merged[key], metrics[key], rtol=1e-5, atol=1e-6, msg=key)
         torch.testing.assert_close(torch.cat([r[2][0] for r in results]), grads[0], rtol=1e-5, atol=1e-7)
-    width = max(LENGTHS) + 2
-    place = torch.tensor([s * width + i for s, n in enumerate(LENGTHS) for i in range(n)])
-
-    def pad(x: torch.Tensor, fill: float) -> torch.Tensor:
-        return torch.full((len(LENGTHS) * width,), fill, dtype=x.dtype).index_copy(0, place, x).reshape(-1, width)
-
-    fields = {name: pad(getattr(batch, name), torch.nan) for name in FIELDS if name not in ("logp", "entropy")}
-    fields |= {name: pad(getattr(batch, name), False) for name in ("mask", "kl_mask")}
-    padded = rl.TokenBatch(pad(batch.target, -100), segment=pad(batch.segment, 0), **fields)
-    scores = pad(logp.detach(), torch.nan), pad(entropy.detach(), torch.nan)
-    padded_loss, named, (d_logp, _) = run("native", scores[0], padded, objective, scores[1])
+    padded_logp, padded_entropy, rectangle, place = padded(logp, entropy, batch)
+    padded_loss, named, (d_logp, _) = run("native", padded_logp, rectangle, objective, padded_entropy)
     torch.testing.assert_close(padded_loss, loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(d_logp.reshape(-1)[place], grads[0], rtol=1e-5, atol=1e-7)
     assert torch.count_nonzero(d_logp) == torch.count_nonzero(grads[0])
